@@ -1,0 +1,139 @@
+"""What a conversion will do, decided and checked before anything expensive happens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from hf_kalman import GKAConfig
+from transformers import PreTrainedConfig
+
+__all__ = ["FAMILIES", "MIXERS", "ConversionPlan", "plan_conversion", "resolve_layers"]
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+MIXERS = ("gka",)
+_CARRIED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "use_cache",
+    "tie_word_embeddings",
+    "rope_parameters",
+    "attention_dropout",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+)
+
+
+class ConversionPlan(NamedTuple):
+    """A checked conversion: the configuration of the result and the indices of the swapped layers."""
+
+    config: GKAConfig
+    layers: tuple[int, ...]
+    source_type: str
+
+
+def resolve_layers(layers: str | Sequence[int], source: Sequence[str]) -> tuple[int, ...]:
+    """Indices of the layers to swap.
+
+    Args:
+        layers: "all", "half" (every second layer, the first one kept), "none", or indices (a list or "2,4,7").
+        source: the kind of every layer of the source model.
+
+    Raises:
+        ValueError: unknown word, an index out of range or twice, or a layer that is not softmax attention.
+    """
+    count = len(source)
+    if isinstance(layers, str) and layers in ("all", "half", "none"):
+        return {"all": tuple(range(count)), "half": tuple(range(1, count, 2)), "none": ()}[layers]
+    if isinstance(layers, str):
+        try:
+            layers = [int(part) for part in layers.split(",")]
+        except ValueError:
+            raise ValueError(
+                f"swap_attention: `layers` must be 'all', 'half', 'none' or indices like '2,4,7', got {layers!r}."
+            ) from None
+    chosen = []
+    for index in layers:
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < count:
+            raise ValueError(
+                f"swap_attention: `layers` must hold indices from 0 to {count - 1} of the {count}-layer model, got "
+                f"{index!r}."
+            )
+        if index in chosen:
+            raise ValueError(f"swap_attention: `layers` must name each layer once, got {index} twice.")
+        if source[index] not in ("full_attention", "sliding_attention"):
+            raise ValueError(
+                f"swap_attention: `layers` must name attention layers, got {index}, which is {source[index]}."
+            )
+        chosen.append(index)
+    return tuple(sorted(chosen))
+
+
+def plan_conversion(
+    source: PreTrainedConfig,
+    mixer: Literal["gka"] = "gka",
+    layers: str | Sequence[int] = "half",
+    **mixer_fields,
+) -> ConversionPlan:
+    """Check a conversion of a model with configuration `source` and describe its result.
+
+    Args:
+        source: configuration of a Llama, Mistral, Qwen2 or Qwen3 model, or of an already converted one.
+        mixer: what replaces softmax attention.
+        layers: see `resolve_layers`.
+        mixer_fields: fields of `GKAConfig` that describe the mixer.
+
+    Raises:
+        ValueError: an unknown mixer, model type, layer or field, or sizes that do not fit.
+    """
+    if mixer not in MIXERS:
+        raise ValueError(f"swap_attention: `mixer` must be one of {MIXERS}, got {mixer!r}.")
+    if source.model_type not in (*FAMILIES, GKAConfig.model_type):
+        raise ValueError(
+            f"swap_attention: `model` must be of type {', '.join((*FAMILIES, GKAConfig.model_type))}, got "
+            f"{source.model_type!r}."
+        )
+    fixed = {*_CARRIED, "layer_types", "head_dim", "model_type", "sliding_window"}
+    for name in mixer_fields:
+        if name in fixed or name not in GKAConfig.__dataclass_fields__:
+            raise ValueError(
+                f"swap_attention: mixer options must be fields of GKAConfig that describe the mixer, got {name!r}."
+            )
+    if source.model_type == GKAConfig.model_type:
+        base = {k: v for k, v in source.to_dict().items() if k in GKAConfig.__dataclass_fields__ and k != "dtype"}
+        kinds = list(source.layer_types)
+    else:
+        base, kinds = _decoder_fields(source)
+    swapped = resolve_layers(layers, kinds)
+    for index in swapped:
+        kinds[index] = "linear_attention"
+    base["layer_types"] = kinds
+    for name in ("architectures", "transformers_version", "model_type"):
+        base.pop(name, None)
+    return ConversionPlan(GKAConfig(**{**base, **mixer_fields}), swapped, source.model_type)
+
+
+def _decoder_fields(source: PreTrainedConfig) -> tuple[dict, list[str]]:
+    """Fields of `GKAConfig` that describe the decoder of a supported source model, and its layer kinds."""
+    fields = {name: getattr(source, name) for name in _CARRIED}
+    heads = source.num_attention_heads
+    fields["head_dim"] = getattr(source, "head_dim", None) or source.hidden_size // heads
+    fields["attention_bias"] = source.model_type == "qwen2" or bool(getattr(source, "attention_bias", False))
+    fields["attention_output_bias"] = source.model_type != "qwen2" and fields["attention_bias"]
+    fields["mlp_bias"] = bool(getattr(source, "mlp_bias", False))
+    fields["use_qk_norm"] = source.model_type == "qwen3"
+    window = getattr(source, "sliding_window", None)
+    kinds = getattr(source, "layer_types", None)
+    if kinds is None:
+        kinds = ["full_attention" if window is None else "sliding_attention"] * source.num_hidden_layers
+    fields["sliding_window"] = window if "sliding_attention" in kinds else None
+    return fields, list(kinds)

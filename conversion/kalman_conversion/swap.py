@@ -1,0 +1,209 @@
+"""Swap softmax attention for a Kalman mixer in a pretrained model; every other weight carries over untouched."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from hf_kalman import GKAForCausalLM
+from hf_kalman.gka.modeling_gka import GKAMixer, ShortConvolution
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from .plan import ConversionPlan, plan_conversion
+
+__all__ = ["check_checkpoint", "initialise_mixer", "load_model", "swap_attention"]
+
+# Half-lives in tokens over the heads of a mixer at the start: from a phrase to a long context.
+HALF_LIVES = (4.0, 4096.0)
+
+
+def check_checkpoint(path: str | Path) -> None:
+    """Read the headers of a local checkpoint's safetensors files, so that a damaged one is found before any work.
+
+    Raises:
+        FileNotFoundError: no config.json, or a weight file that the index names is missing.
+        ValueError: a weight file is truncated or not a safetensors file.
+    """
+    path = Path(path)
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"swap_attention: `model` {str(path)!r} has no config.json.")
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    for name in names:
+        if not (path / name).is_file():
+            raise FileNotFoundError(f"swap_attention: `model` {str(path)!r} lacks the weight file {name!r}.")
+        try:
+            with safe_open(path / name, framework="pt") as weights:
+                weights.keys()
+        except SafetensorError as error:
+            raise ValueError(
+                f"swap_attention: `model` weight file {str(path / name)!r} is damaged ({error}); fetch it again."
+            ) from error
+
+
+def load_model(path: str | Path, dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu"):
+    """`AutoModelForCausalLM.from_pretrained` behind a check of a local folder's files."""
+    if Path(path).exists():
+        check_checkpoint(path)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
+
+
+def swap_attention(
+    model: PreTrainedModel | str | Path,
+    mixer: Literal["gka"] = "gka",
+    layers: str | Sequence[int] = "half",
+    *,
+    initialisation: Literal["identity", "reference"] = "identity",
+    share_weights: bool = False,
+    seed: int = 0,
+    **mixer_fields,
+) -> GKAForCausalLM:
+    """A copy of a pretrained causal LM with some attention layers replaced by Gated KalmaNet.
+
+    Embeddings, norms, MLPs, the head and the attention layers that stay carry over bit for bit; with no layer swapped
+    the logits are those of the source. A swapped layer takes over the query, key, value and output projections (and
+    their biases); its own parts start as `initialise_mixer` says. It computes something else than the attention that
+    it replaces until it has been healed (`kalman_conversion.heal`).
+
+    Args:
+        model: a Llama, Mistral, Qwen2 or Qwen3 causal LM, an already converted one, or the path or Hub id of one.
+        mixer: what replaces softmax attention.
+        layers: indices, "half", "all" or "none".
+        initialisation: see `initialise_mixer`.
+        share_weights: whether the result shares the tensors of `model` instead of copying them. Halves the memory of
+            healing, where the shared weights are frozen; what changes one model then changes the other.
+        seed: for the parameters that start at random.
+        mixer_fields: fields of `GKAConfig` for the mixers.
+
+    Raises:
+        ValueError, FileNotFoundError: before any weight is touched, with the argument, its value and what works.
+    """
+    if initialisation not in ("identity", "reference"):
+        raise ValueError(
+            f"swap_attention: `initialisation` must be 'identity' or 'reference', got {initialisation!r}."
+        )
+    if isinstance(model, (str, Path)):
+        if Path(model).exists():
+            check_checkpoint(model)
+        plan_conversion(AutoConfig.from_pretrained(model), mixer, layers, **mixer_fields)
+        model, share_weights = AutoModelForCausalLM.from_pretrained(model, dtype="auto"), True
+    plan = plan_conversion(model.config, mixer, layers, **mixer_fields)
+    source = model.state_dict()
+    _check_biases(plan, source)
+    with torch.device("meta"):
+        result = GKAForCausalLM(plan.config)
+    weights = {
+        name: tensor if share_weights else tensor.detach().clone()
+        for name, tensor in source.items()
+        if name in result.state_dict()
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for index in plan.layers:
+            attention = _submodule(source, f"model.layers.{index}.self_attn.")
+            fresh = GKAMixer(plan.config, index)
+            fresh.apply(GKAForCausalLM._init_weights.__get__(result))
+            initialise_mixer(fresh, attention, initialisation)
+            dtype, device = attention["q_proj.weight"].dtype, attention["q_proj.weight"].device
+            for name, tensor in fresh.state_dict().items():
+                keep_wide = name in GKAForCausalLM._keep_in_fp32_modules_strict
+                weights[f"model.layers.{index}.mixer.{name}"] = tensor.to(device, None if keep_wide else dtype)
+    result.load_state_dict(weights, strict=False, assign=True)
+    result.tie_weights()
+    _materialise_buffers(result, model)
+    left = [name for name, tensor in result.state_dict().items() if tensor.is_meta]
+    if left:
+        raise ValueError(f"swap_attention: `model` has no weights for {left[:5]}.")
+    result.generation_config = model.generation_config
+    return result.train(model.training)
+
+
+def _submodule(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def _materialise_buffers(result: GKAForCausalLM, model: PreTrainedModel) -> None:
+    """Rotary frequencies are not in a state dict: compute them where the weights are."""
+    rotary = result.model.rotary_emb
+    if rotary is not None:
+        result.model.rotary_emb = type(rotary)(result.config).to(model.device)
+
+
+def _check_biases(plan: ConversionPlan, source: dict[str, Tensor]) -> None:
+    """A mixer has a query, key, value and output bias exactly where the configuration says so."""
+    config = plan.config
+    for index in plan.layers:
+        for name, kept in (
+            ("q_proj", config.attention_bias),
+            ("k_proj", config.attention_bias),
+            ("v_proj", config.attention_bias),
+            ("o_proj", config.attention_output_bias),
+        ):
+            key = f"model.layers.{index}.self_attn.{name}.bias"
+            if (key in source) != kept:
+                found = "a bias" if key in source else "no bias"
+                raise ValueError(
+                    f"swap_attention: layer {index} has {found} in {name}, which does not fit the model's other "
+                    f"layers; leave layer {index} out of `layers`."
+                )
+
+
+@torch.no_grad()
+def initialise_mixer(
+    mixer: GKAMixer, attention: dict[str, Tensor], initialisation: Literal["identity", "reference"] = "identity"
+) -> None:
+    """Fill a freshly initialised mixer from the attention layer that it replaces.
+
+    Both initialisations copy the query, key, value and output projections and start the output gate at
+    `(W_o^T + repeat(W_v)) / 2` (papers' surgery). "reference" leaves the rest random, as the published conversions
+    do. "identity" starts the convolutions as identity, and the decays as constants with half-lives spread over the
+    heads, so that the layer begins as a regression on the source layer's own keys and values with a long memory.
+
+    Args:
+        mixer: on the CPU, initialised as a new model's.
+        attention: state dict of the attention layer.
+        initialisation: which of the two.
+
+    Raises:
+        ValueError: a projection has another shape.
+    """
+    wide = {name: tensor.detach().to(torch.float32).cpu() for name, tensor in attention.items()}
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        target = getattr(mixer, name)
+        if target.weight.shape != wide[f"{name}.weight"].shape:
+            raise ValueError(
+                f"swap_attention: layer {mixer.layer_idx} has a {name} of shape "
+                f"{tuple(wide[f'{name}.weight'].shape)}, but the mixer's heads and widths need "
+                f"{tuple(target.weight.shape)}; leave the linear_num_*_heads and linear_*_head_dim options out."
+            )
+        target.weight.copy_(wide[f"{name}.weight"])
+        if target.bias is not None:
+            target.bias.copy_(wide[f"{name}.bias"])
+    config = mixer.config
+    if config.use_output_gate:
+        value = wide["v_proj.weight"].unflatten(0, (config.linear_num_value_heads, -1))
+        value = value.repeat_interleave(config.linear_num_heads // config.linear_num_value_heads, dim=0).flatten(0, 1)
+        mixer.g_proj.weight.copy_(0.5 * (wide["o_proj.weight"].T + value))
+    if config.use_local_values:
+        nn.init.zeros_(mixer.local_proj.weight)
+    if initialisation == "identity":
+        for module in mixer.modules():
+            if isinstance(module, ShortConvolution):
+                module.weight.zero_()[..., -1] = 1
+        if config.use_decay:
+            nn.init.zeros_(mixer.a_proj.weight)
+            lives = torch.logspace(*torch.tensor(HALF_LIVES).log2().tolist(), config.linear_num_heads, base=2.0)
+            # log 2 / half-life = exp(A_log) * softplus(dt_bias), the step at its published middle.
+            step = torch.full_like(lives, 0.01)
+            mixer.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
+            mixer.A_log.copy_((torch.log(torch.tensor(2.0)) / lives / step).log())
+
+

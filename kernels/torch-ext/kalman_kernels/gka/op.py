@@ -1,0 +1,316 @@
+"""Gated KalmaNet: validation, dispatch, autograd."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..dispatch import Implementation, choose
+from ..segments import Segments
+from .chunked import Inputs, block_count, gka_chunked_backward, gka_chunked_forward, gka_step
+from .reference import GKASolver, GKAState, gated_kalmanet_reference
+
+__all__ = ["IMPLEMENTATIONS", "gated_kalmanet"]
+
+IMPLEMENTATIONS = ("torch", "reference")
+_NAME = "gated_kalmanet"
+
+
+def gated_kalmanet(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor | None = None,
+    solution_mix: Tensor | None = None,
+    *,
+    key_log_decay: Tensor | None = None,
+    input_gate: Tensor | None = None,
+    solver: GKASolver = GKASolver(),
+    scale: float | None = None,
+    initial_state: GKAState | None = None,
+    segments: Segments | None = None,
+    implementation: Implementation = "auto",
+) -> tuple[Tensor, GKAState]:
+    """Online ridge regression of values on keys, read out at the query. Constant memory, whole past.
+
+        H_t = exp(key_log_decay_t) H_{t-1} + (b_t k_t)(b_t k_t)^T          b_t = input_gate_t
+        U_t = exp(log_decay_t) U_{t-1} + (b_t v_t)(b_t k_t)^T
+        x_t = (H_t + lambda_t I)^-1 q_t          lambda_t = ridge_ratio ||H_t||_F
+        y_t = scale * U_t (q_t + solution_mix_t (x_t - q_t))
+                                                                 [arXiv 2511.21016, section 3; gka/README.md eqs. 1-6]
+
+    With `solution_mix` 1 and one shared decay, y_t / scale = S_t q_t for the S that minimises
+    sum_i decay_{t,i} ||S b_i k_i - b_i v_i||^2 + lambda_t ||S||_F^2: exact weighted least squares over the whole past.
+
+    Args:
+        query: (B, T, H, Dk), any float dtype, T >= 1. Keys of norm about 1 are the usual case, nothing requires it.
+        key: (B, T, G, Dk), G divides H; query head h reads head h // (H / G). Never repeated over time in memory.
+        value: (B, T, Gv, Dv), Gv divides H.
+        log_decay: (B, T, H), <= 0, natural log of what the value state keeps at each step; no decay when None.
+        solution_mix: (B, T, H) in [0, 1]; 1 (pure ridge regression) when None, 0 is gated linear attention.
+        key_log_decay: (B, T, H), the same for the Gram matrix; `log_decay` when None.
+        input_gate: (B, T, H), factor on key and value of each query head; 1 when None.
+        solver: how x_t is computed.
+        scale: factor on the output; Dk ** -0.5 when None.
+        initial_state: states before the first token; empty when None.
+        segments: packed sequences and padding.
+        implementation: "auto", "torch" (chunk-parallel, implicit gradient) or "reference" (loop over time, autograd).
+
+    Returns:
+        `(outputs, final_state)`: (B, T, H, Dv) in the dtype of `query`, zero at padding, and the states after the
+        last token in float32 (float64 when `query` is float64). Both are differentiable once; where nothing has been
+        read yet the output is 0.
+
+    Raises:
+        ValueError: a shape or the solver does not fit.
+        NotImplementedError: the implementation does not exist or cannot serve the device.
+    """
+    solver.check(_NAME)
+    _check(query, key, value, log_decay, solution_mix, key_log_decay, input_gate, initial_state)
+    batch, length, heads, width = query.shape
+    if segments is not None:
+        segments.check(_NAME, batch, length)
+    choice = choose(_NAME, implementation, IMPLEMENTATIONS, query.device)
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    scale = width**-0.5 if scale is None else scale
+    zeros = torch.zeros(batch, length, heads, dtype=dtype, device=query.device)
+
+    def gate(tensor: Tensor | None, default: Tensor) -> Tensor:
+        return default if tensor is None else tensor.to(dtype)
+
+    log_decay = gate(log_decay, zeros)
+    inputs = Inputs(
+        query.to(dtype),
+        key.to(dtype),
+        value.to(dtype),
+        log_decay,
+        gate(key_log_decay, log_decay),
+        gate(solution_mix, zeros + 1),
+        gate(input_gate, zeros + 1),
+        None if segments is None or segments.reset is None else segments.reset.expand(batch, length).long().cumsum(1),
+    )
+    if initial_state is None:
+        gram = zeros.new_zeros(batch, heads, width, width)
+        value_key = zeros.new_zeros(batch, heads, value.shape[-1], width)
+    else:
+        gram, value_key = (s.to(dtype) for s in initial_state)
+
+    if choice.implementation == "reference":
+        outputs, state = gated_kalmanet_reference(
+            *inputs[:4],
+            inputs.solution_mix,
+            key_log_decay=inputs.key_log_decay,
+            input_gate=inputs.input_gate,
+            solver=solver,
+            scale=scale,
+            initial_state=GKAState(gram, value_key),
+            segments=segments,
+        )
+        return outputs.to(query.dtype), state
+
+    if segments is not None and segments.valid is not None:
+        inputs = _neutral(inputs, segments.valid.expand(batch, length))
+    outputs, gram, value_key = _run(inputs, gram, value_key, solver, scale)
+    return outputs.to(query.dtype), GKAState(gram, value_key)
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor | None,
+    solution_mix: Tensor | None,
+    key_log_decay: Tensor | None,
+    input_gate: Tensor | None,
+    initial_state: GKAState | None,
+) -> None:
+    if query.ndim != 4 or query.shape[1] < 1 or not query.is_floating_point():
+        raise ValueError(
+            f"{_NAME}: `query` must be a float tensor of shape (B, T >= 1, H, Dk), got {tuple(query.shape)} "
+            f"{query.dtype}."
+        )
+    batch, length, heads, width = query.shape
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.ndim != 4 or tensor.shape[:2] != query.shape[:2] or heads % tensor.shape[2]:
+            raise ValueError(
+                f"{_NAME}: `{name}` must have shape ({batch}, {length}, G, D) with G dividing the {heads} heads of "
+                f"`query`, got {tuple(tensor.shape)}."
+            )
+    if key.shape[-1] != width:
+        raise ValueError(f"{_NAME}: `key` must have the width {width} of `query`, got {key.shape[-1]}.")
+    gates = {
+        "log_decay": log_decay,
+        "solution_mix": solution_mix,
+        "key_log_decay": key_log_decay,
+        "input_gate": input_gate,
+    }
+    for name, tensor in gates.items():
+        if tensor is not None and tuple(tensor.shape) != (batch, length, heads):
+            raise ValueError(
+                f"{_NAME}: `{name}` must have shape ({batch}, {length}, {heads}), got {tuple(tensor.shape)}."
+            )
+    if initial_state is not None:
+        wanted = {"key_gram": (batch, heads, width, width), "value_key": (batch, heads, value.shape[-1], width)}
+        for (name, shape), tensor in zip(wanted.items(), initial_state, strict=True):
+            if tuple(tensor.shape) != shape:
+                raise ValueError(
+                    f"{_NAME}: `initial_state.{name}` must have shape {shape}, got {tuple(tensor.shape)}."
+                )
+
+
+def _neutral(inputs: Inputs, valid: Tensor) -> Inputs:
+    """Padding as the identity transition: keys, values and queries 0, decays 1. Whatever stood there is discarded."""
+    token, vector = valid[..., None], valid[..., None, None]
+    return Inputs(
+        torch.where(vector, inputs.query, 0),
+        torch.where(vector, inputs.key, 0),
+        torch.where(vector, inputs.value, 0),
+        torch.where(token, inputs.log_decay, 0),
+        torch.where(token, inputs.key_log_decay, 0),
+        torch.where(token, inputs.solution_mix, 0),
+        torch.where(token, inputs.input_gate, 0),
+        inputs.numbers,
+    )
+
+
+def _run(
+    inputs: Inputs, gram: Tensor, value_key: Tensor, solver: GKASolver, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    differentiable = torch.is_grad_enabled() and any(
+        t.requires_grad for t in (*inputs[:7], gram, value_key) if isinstance(t, Tensor)
+    )
+    if inputs.query.shape[1] == 1 and not differentiable:
+        return _step(*inputs, gram, value_key, *solver, scale)
+    return _forward(*inputs, gram, value_key, *solver, scale, differentiable)[:3]
+
+
+# The three functions below are what torch sees: opaque operators with a fake version, so that torch.compile and
+# torch.export neither unroll the loop over chunks nor specialise on the length.
+
+
+@torch.library.custom_op("kalman_kernels::gka_step", mutates_args=())
+def _step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor,
+    key_log_decay: Tensor,
+    solution_mix: Tensor,
+    input_gate: Tensor,
+    numbers: Tensor | None,
+    gram: Tensor,
+    value_key: Tensor,
+    method: str,
+    iterations: int,
+    ridge_ratio: float,
+    ridge_gradient: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = Inputs(query, key, value, log_decay, key_log_decay, solution_mix, input_gate, numbers)
+    with torch.autocast(query.device.type, enabled=False):
+        return gka_step(inputs, gram, value_key, _solver(method, iterations, ridge_ratio, ridge_gradient), scale)
+
+
+@torch.library.custom_op("kalman_kernels::gka_chunked", mutates_args=())
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor,
+    key_log_decay: Tensor,
+    solution_mix: Tensor,
+    input_gate: Tensor,
+    numbers: Tensor | None,
+    gram: Tensor,
+    value_key: Tensor,
+    method: str,
+    iterations: int,
+    ridge_ratio: float,
+    ridge_gradient: bool,
+    scale: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs = Inputs(query, key, value, log_decay, key_log_decay, solution_mix, input_gate, numbers)
+    solver = _solver(method, iterations, ridge_ratio, ridge_gradient)
+    with torch.autocast(query.device.type, enabled=False):
+        return gka_chunked_forward(inputs, gram, value_key, solver, scale, keep)
+
+
+@torch.library.custom_op("kalman_kernels::gka_chunked_backward", mutates_args=())
+def _backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor,
+    key_log_decay: Tensor,
+    solution_mix: Tensor,
+    input_gate: Tensor,
+    numbers: Tensor | None,
+    gram: Tensor,
+    value_key: Tensor,
+    solutions: Tensor,
+    grams: Tensor,
+    value_keys: Tensor,
+    d_outputs: Tensor,
+    d_gram: Tensor,
+    d_value_key: Tensor,
+    method: str,
+    iterations: int,
+    ridge_ratio: float,
+    ridge_gradient: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs = Inputs(query, key, value, log_decay, key_log_decay, solution_mix, input_gate, numbers)
+    solver = _solver(method, iterations, ridge_ratio, ridge_gradient)
+    with torch.autocast(query.device.type, enabled=False):
+        return gka_chunked_backward(
+            inputs, (solutions, grams, value_keys), d_outputs, d_gram, d_value_key, gram, solver, scale
+        )
+
+
+def _solver(method: str, iterations: int, ridge_ratio: float, ridge_gradient: bool) -> GKASolver:
+    return GKASolver(method, iterations, ridge_ratio, ridge_gradient)  # pyright: ignore[reportArgumentType]
+
+
+@_step.register_fake
+def _step_fake(query, key, value, *rest):
+    return query.new_empty(*query.shape[:3], value.shape[-1]), rest[5].clone(), rest[6].clone()
+
+
+@_forward.register_fake
+def _forward_fake(query, key, value, *rest):
+    gram, value_key, method, keep = rest[5], rest[6], rest[7], rest[-1]
+    outputs = query.new_empty(*query.shape[:3], value.shape[-1])
+    if not keep:
+        return outputs, torch.empty_like(gram), torch.empty_like(value_key), *(gram.new_empty(0) for _ in range(3))
+    blocks = block_count(query, value.shape[-1], method)
+    return (
+        outputs,
+        torch.empty_like(gram),
+        torch.empty_like(value_key),
+        torch.empty_like(query),
+        gram.new_empty(blocks, *gram.shape),
+        gram.new_empty(blocks, *value_key.shape),
+    )
+
+
+@_backward.register_fake
+def _backward_fake(query, key, value, log_decay, key_log_decay, solution_mix, input_gate, numbers, gram, value_key, *_):
+    leaves = (query, key, value, log_decay, key_log_decay, solution_mix, input_gate, gram, value_key)
+    return tuple(torch.empty_like(t) for t in leaves)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, method, iterations, ridge_ratio, ridge_gradient, scale, keep = inputs
+    ctx.numbers = (method, iterations, ridge_ratio, ridge_gradient, scale)
+    ctx.save_for_backward(*tensors, *output[3:])
+
+
+def _autograd_backward(ctx, d_outputs, d_gram, d_value_key, *_):
+    gradients = _backward(
+        *ctx.saved_tensors, d_outputs.contiguous(), d_gram.contiguous(), d_value_key.contiguous(), *ctx.numbers
+    )
+    return *gradients[:7], None, *gradients[7:], None, None, None, None, None, None
+
+
+_forward.register_autograd(_autograd_backward, setup_context=_setup_context)

@@ -1,0 +1,36 @@
+"""Kalman filtering inside Hugging Face Transformers.
+
+Importing the package registers its architectures with the Auto classes; nothing else is needed. Public names are
+loaded on first use.
+"""
+
+from importlib import import_module
+
+from .registration import register
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "GKAConfig": ".gka.configuration_gka",
+    "GKAForCausalLM": ".gka.modeling_gka",
+    "GKAForQuestionAnswering": ".gka.modeling_gka",
+    "GKAForSequenceClassification": ".gka.modeling_gka",
+    "GKAForTokenClassification": ".gka.modeling_gka",
+    "GKAModel": ".gka.modeling_gka",
+    "GKAPreTrainedModel": ".gka.modeling_gka",
+    "KalmanCacheLayer": ".cache",
+}
+
+__all__ = ["__version__", *sorted(_PUBLIC)]
+
+register()
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'hf_kalman' has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

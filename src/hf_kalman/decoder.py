@@ -1,0 +1,235 @@
+"""The decoder that both families share: softmax attention, decoder layer, and the walk through the layers.
+
+It is the superset of the Llama-like decoders of the host library, built from the host's own parts (norm, rotary
+embedding, MLP, attention interface), with the parameter names of the source models, so that weights carry over and a
+layer that is not swapped computes bit for bit what it computed before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_recurrent_attention_mask,
+    create_sliding_window_causal_mask,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+
+from .cache import swap_cache_layers
+from .packing import build_segments
+
+__all__ = ["DecoderAttention", "DecoderLayer", "build_decoder", "run_decoder"]
+
+_MASKS = {
+    "full_attention": create_causal_mask,
+    "sliding_attention": create_sliding_window_causal_mask,
+    "linear_attention": create_recurrent_attention_mask,
+}
+
+
+class DecoderAttention(nn.Module):
+    """Softmax attention with rotary embedding: Llama, Mistral (sliding), Qwen2 (bias), Qwen3 (norm on q and k)."""
+
+    def __init__(self, config, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.layer_type = config.layer_types[layer_idx]
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        width, bias = config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(width, config.num_attention_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, width, bias=config.attention_output_bias)
+        if config.use_qk_norm:
+            self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.sliding_window = config.sliding_window if self.layer_type == "sliding_attention" else None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, T, hidden) to the same, and the attention weights where the attention interface returns them."""
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query, key = self.q_proj(hidden_states).view(heads), self.k_proj(hidden_states).view(heads)
+        if self.config.use_qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = query.transpose(1, 2), key.transpose(1, 2)
+        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
+
+
+class DecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm layer: x += mix(norm(x)); x += mlp(norm(x)), where mix is softmax attention or the family's mixer."""
+
+    mixer_class: type[nn.Module]
+
+    def __init__(self, config, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_type = config.layer_types[layer_idx]
+        if self.layer_type == "linear_attention":
+            self.mixer = self.mixer_class(config, layer_idx)
+        else:
+            self.self_attn = DecoderAttention(config, layer_idx)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask=None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs,
+    ) -> Tensor:
+        """(B, T, hidden) to the same. `attention_mask` is a mask for attention layers, `Segments` for mixers."""
+        residual = hidden_states
+        hidden_states = self.input_layernorm(hidden_states)
+        if self.layer_type == "linear_attention":
+            hidden_states = self.mixer(hidden_states, segments=attention_mask, past_key_values=past_key_values)
+        else:
+            hidden_states, _ = self.self_attn(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        hidden_states = residual + hidden_states
+        residual = hidden_states
+        hidden_states = self.mlp(self.post_attention_layernorm(hidden_states))
+        return residual + hidden_states
+
+
+def build_decoder(model: nn.Module, config, layer_class: type[DecoderLayer]) -> None:
+    """Give `model` the modules of a decoder, under the host's names."""
+    model.padding_idx = config.pad_token_id
+    model.vocab_size = config.vocab_size
+    model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+    model.layers = nn.ModuleList([layer_class(config, index) for index in range(config.num_hidden_layers)])
+    model.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+    # A model without softmax attention has no use for positions.
+    model.rotary_emb = LlamaRotaryEmbedding(config) if set(config.layer_types) != {"linear_attention"} else None
+    model.gradient_checkpointing = False
+
+
+def _masks(config, inputs_embeds: Tensor, attention_mask, past_key_values: Cache | None, position_ids) -> dict:
+    """One mask per kind of layer; a dict that `generate` has already prepared passes through."""
+    if isinstance(attention_mask, dict):
+        return dict(attention_mask)
+    if attention_mask is not None and attention_mask.ndim == 2:
+        length = inputs_embeds.shape[1] + (past_key_values.get_seq_length() if past_key_values is not None else 0)
+        if attention_mask.shape[0] != inputs_embeds.shape[0] or attention_mask.shape[1] < inputs_embeds.shape[1]:
+            raise ValueError(
+                f"`attention_mask` must have shape ({inputs_embeds.shape[0]}, {length}): one column for each token of "
+                f"the past and of the input, got {tuple(attention_mask.shape)}."
+            )
+    arguments = {
+        "config": config,
+        "inputs_embeds": inputs_embeds,
+        "attention_mask": attention_mask,
+        "past_key_values": past_key_values,
+        "position_ids": position_ids,
+    }
+    return {kind: _MASKS[kind](**arguments) for kind in sorted(set(config.layer_types))}
+
+
+def run_decoder(
+    model,
+    input_ids: Tensor | None,
+    attention_mask,
+    position_ids: Tensor | None,
+    past_key_values: Cache | None,
+    inputs_embeds: Tensor | None,
+    use_cache: bool | None,
+    **kwargs,
+) -> BaseModelOutputWithPast:
+    """The walk through embedding, layers and final norm, common to every family."""
+    config = model.config
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
+    if inputs_embeds is None:
+        inputs_embeds = model.embed_tokens(input_ids)
+    if use_cache and past_key_values is None:
+        past_key_values = DynamicCache(config=config)
+    if past_key_values is not None:
+        swap_cache_layers(past_key_values, config.layer_types, config.number_of_conv_states)
+    past = past_key_values.get_seq_length() if past_key_values is not None else 0
+    given_positions = position_ids
+    if position_ids is None:
+        position_ids = (past + _arange(inputs_embeds))[None]
+
+    masks = _masks(config, inputs_embeds, attention_mask, past_key_values, position_ids)
+    if "linear_attention" in config.layer_types:
+        masks["linear_attention"] = build_segments(
+            masks.get("linear_attention"),
+            given_positions,
+            kwargs.get("cu_seq_lens_q"),
+            kwargs.get("seq_idx"),
+            inputs_embeds.shape[1],
+            fresh=past_key_values is None or (isinstance(past, int) and past == 0),
+        )
+    hidden_states = inputs_embeds
+    position_embeddings = None if model.rotary_emb is None else model.rotary_emb(hidden_states, position_ids)
+    for layer in model.layers[: config.num_hidden_layers]:
+        hidden_states = layer(
+            hidden_states,
+            attention_mask=masks[layer.layer_type],
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+    hidden_states = model.norm(hidden_states)
+    return BaseModelOutputWithPast(
+        last_hidden_state=hidden_states, past_key_values=past_key_values if use_cache else None
+    )
+
+
+def _arange(inputs_embeds: Tensor) -> Tensor:
+    return torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)

@@ -1,0 +1,1 @@
+"""Gated KalmaNet configuration and models."""

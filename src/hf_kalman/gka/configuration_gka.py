@@ -1,0 +1,189 @@
+"""Configuration of Gated KalmaNet models."""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+__all__ = ["LAYER_TYPES", "GKAConfig"]
+
+LAYER_TYPES = ("linear_attention", "full_attention", "sliding_attention")
+
+
+@strict
+class GKAConfig(PreTrainedConfig):
+    r"""Configuration of a decoder whose `linear_attention` layers are Gated KalmaNet (arXiv 2511.21016).
+
+    The decoder around the mixers is the Llama family: pre-norm, rotary embeddings and SwiGLU, with the switches of
+    Llama, Mistral, Qwen2 and Qwen3. Defaults build a pure GKA model.
+
+    Args:
+        layer_types: one of `linear_attention` (GKA), `full_attention`, `sliding_attention` per layer.
+        attention_bias: bias in the query, key and value projections, of attention layers and GKA mixers alike.
+        attention_output_bias: bias in the output projections.
+        mlp_bias: bias in the MLP.
+        use_qk_norm: RMSNorm per head on queries and keys of attention layers (Qwen3). GKA layers do not use it.
+        sliding_window: width of `sliding_attention` layers.
+        linear_num_query_heads: query heads of a GKA mixer, `num_attention_heads` when None.
+        linear_num_key_heads: key heads of a GKA mixer, `num_key_value_heads` when None.
+        linear_num_value_heads: value heads of a GKA mixer, `num_key_value_heads` when None.
+        linear_key_head_dim: width of query and key heads, `head_dim` when None.
+        linear_value_head_dim: width of value heads, `head_dim` when None.
+        linear_conv_kernel_dim: taps of the short causal convolutions.
+        use_value_conv: whether values, too, pass a convolution.
+        value_activation: activation behind the value convolution; "identity" keeps the value path linear.
+        use_local_values: adds a linear map from the last `linear_conv_kernel_dim` values to the output: what
+            attention heads that look at the previous tokens compute. Needs no state beyond the convolution's.
+        use_decay: learned forgetting. Without it the state keeps everything.
+        decay_key_gram: whether the forgetting also applies to the Gram matrix of the keys.
+        use_solution_mix: learned mixture of query and ridge solution; without it the ridge solution alone.
+        use_input_gate: learned factor on keys and values, per head.
+        use_output_gate: SiLU gate on the normalised read-out.
+        scale_output: read-out times `linear_key_head_dim ** -0.5`.
+        linear_kv_rank: rank of the learned expansion of key and value heads to query heads; none when None.
+        linear_kv_residual: whether the residual of that expansion is a learned mixture of heads.
+        solver: how the ridge regression is solved: "chebyshev" (the published polynomial), "cg", "exact".
+        solver_iterations: products with the Gram matrix. May be changed at any time without reloading; 0 skips the
+            solve.
+        ridge_ratio: ridge over Frobenius norm of the Gram matrix. May be changed at any time.
+        ridge_gradient: whether gradients flow through the ridge's dependence on the keys.
+        implementation: "auto", "torch" or "reference" implementation of the operators.
+
+    ```python
+    >>> from hf_kalman import GKAConfig, GKAForCausalLM
+
+    >>> config = GKAConfig(vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+    ...                    num_attention_heads=4, layer_types=["full_attention", "linear_attention"])
+    >>> model = GKAForCausalLM(config)
+    ```
+    """
+
+    model_type = "kalman_gka"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 32000
+    hidden_size: int = 2048
+    intermediate_size: int = 8192
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 8192
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    rope_parameters: RopeParameters | dict | None = None
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    attention_dropout: float | int = 0.0
+    mlp_bias: bool = False
+    use_qk_norm: bool = False
+    sliding_window: int | None = None
+    layer_types: list[str] | None = None
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    linear_num_query_heads: int | None = None
+    linear_num_key_heads: int | None = None
+    linear_num_value_heads: int | None = None
+    linear_key_head_dim: int | None = None
+    linear_value_head_dim: int | None = None
+    linear_conv_kernel_dim: int = 4
+    use_value_conv: bool = True
+    value_activation: Literal["silu", "identity"] = "silu"
+    use_local_values: bool = False
+    use_decay: bool = True
+    decay_key_gram: bool = True
+    use_solution_mix: bool = True
+    use_input_gate: bool = True
+    use_output_gate: bool = True
+    scale_output: bool = True
+    linear_kv_rank: int | None = None
+    linear_kv_residual: bool = False
+    solver: Literal["chebyshev", "cg", "exact"] = "chebyshev"
+    solver_iterations: int = 30
+    ridge_ratio: float = 0.02
+    ridge_gradient: bool = True
+    implementation: Literal["auto", "reference", "torch", "triton"] = "auto"
+
+    def __post_init__(self, **kwargs):
+        """Fill in what follows from other fields."""
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.layer_types is None:
+            self.layer_types = ["linear_attention"] * self.num_hidden_layers
+        if self.linear_num_query_heads is None:
+            self.linear_num_query_heads = self.num_attention_heads
+        if self.linear_num_key_heads is None:
+            self.linear_num_key_heads = self.num_key_value_heads
+        if self.linear_num_value_heads is None:
+            self.linear_num_value_heads = self.num_key_value_heads
+        if self.linear_key_head_dim is None:
+            self.linear_key_head_dim = self.head_dim
+        if self.linear_value_head_dim is None:
+            self.linear_value_head_dim = self.head_dim
+        super().__post_init__(**kwargs)
+
+    @property
+    def linear_num_heads(self) -> int:
+        """Heads of a GKA mixer after expansion: the largest of query, key and value heads."""
+        return max(self.linear_num_query_heads, self.linear_num_key_heads, self.linear_num_value_heads)
+
+    @property
+    def number_of_conv_states(self) -> int:
+        """Slots of a cache layer: query, key and value convolution contexts; the first two also hold the states."""
+        return 3
+
+    def validate_architecture(self):
+        """Cross-field rules; part of the `@strict` validation."""
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"`layer_types` must name each of the num_hidden_layers={self.num_hidden_layers} layers, got "
+                f"{len(self.layer_types)} entries."
+            )
+        for index, kind in enumerate(self.layer_types):
+            if kind not in LAYER_TYPES:
+                raise ValueError(f"`layer_types[{index}]` must be one of {LAYER_TYPES}, got {kind!r}.")
+        if "sliding_attention" in self.layer_types and self.sliding_window is None:
+            raise ValueError("`sliding_window` must be set because `layer_types` has sliding_attention layers, got None.")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"`num_key_value_heads` must divide num_attention_heads={self.num_attention_heads}, got "
+                f"{self.num_key_value_heads}."
+            )
+        for field in ("linear_num_query_heads", "linear_num_key_heads", "linear_num_value_heads"):
+            if getattr(self, field) < 1 or self.linear_num_heads % getattr(self, field):
+                raise ValueError(
+                    f"`{field}` must divide the {self.linear_num_heads} heads of a GKA mixer (the largest of its query, "
+                    f"key and value heads), got {getattr(self, field)}."
+                )
+        if self.linear_conv_kernel_dim < 1:
+            raise ValueError(f"`linear_conv_kernel_dim` must be >= 1, got {self.linear_conv_kernel_dim}.")
+        if self.solver_iterations < 0:
+            raise ValueError(f"`solver_iterations` must be >= 0, got {self.solver_iterations}.")
+        if not self.ridge_ratio > 0:
+            raise ValueError(f"`ridge_ratio` must be > 0, got {self.ridge_ratio}.")
+        if self.linear_kv_rank is not None and self.linear_kv_rank < 1:
+            raise ValueError(f"`linear_kv_rank` must be >= 1 or None, got {self.linear_kv_rank}.")
+        if self.linear_kv_residual and self.linear_kv_rank is None:
+            raise ValueError("`linear_kv_residual` needs `linear_kv_rank`, got linear_kv_rank=None.")

@@ -1,0 +1,384 @@
+"""Gated KalmaNet models (arXiv 2511.21016), pure and hybrid."""
+
+import math
+
+import torch
+from kalman_kernels import GKASolver, GKAState, Segments, causal_conv, gated_kalmanet
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from ..cache import swap_cache_layers
+from ..decoder import DecoderAttention, DecoderLayer, build_decoder, run_decoder
+from .configuration_gka import GKAConfig
+
+__all__ = [
+    "GKAForCausalLM",
+    "GKAForQuestionAnswering",
+    "GKAForSequenceClassification",
+    "GKAForTokenClassification",
+    "GKAMixer",
+    "GKAModel",
+    "GKAPreTrainedModel",
+]
+
+# Added to norms and input gates: keeps a zero key at zero instead of at NaN (the published checkpoints' value).
+EPSILON = 1e-6
+
+
+class ShortConvolution(nn.Conv1d):
+    """Causal depthwise convolution as a module, so that device hooks see its weight."""
+
+    def __init__(self, channels: int, taps: int) -> None:
+        super().__init__(channels, channels, taps, groups=channels, bias=False)
+
+    def forward(
+        self, inputs: Tensor, state: Tensor | None, segments: Segments | None, implementation: str
+    ) -> tuple[Tensor, Tensor]:
+        """(B, T, C) and the context (B, C, K-1) to the same."""
+        implementation = "auto" if implementation == "triton" else implementation
+        return causal_conv(inputs, self.weight[:, 0], state, segments, implementation)
+
+
+class LowRankLinear(nn.Module):
+    """linearB(SiLU(linearA(x))): the learned part of a key/value head expansion."""
+
+    def __init__(self, inputs: int, rank: int, outputs: int) -> None:
+        super().__init__()
+        self.linearA = nn.Linear(inputs, rank, bias=False)
+        self.linearB = nn.Linear(rank, outputs, bias=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(..., inputs) to (..., outputs)."""
+        return self.linearB(F.silu(self.linearA(hidden_states)))
+
+
+def unit_norm(vector: Tensor) -> Tensor:
+    """x / (||x|| + 1e-6) over the last axis, computed in float32."""
+    wide = vector.float()
+    return (wide / (torch.linalg.vector_norm(wide, dim=-1, keepdim=True) + EPSILON)).to(vector.dtype)
+
+
+class GatedRMSNorm(nn.Module):
+    """RMSNorm(x) * weight * SiLU(gate), in float32."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, hidden_states: Tensor, gate: Tensor | None) -> Tensor:
+        """(..., width) and a gate of the same shape, or None for no gate."""
+        wide = hidden_states.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * self.weight.float()
+        if gate is not None:
+            wide = wide * F.silu(gate.float())
+        return wide.to(hidden_states.dtype)
+
+
+class GKAMixer(nn.Module):
+    """Gated KalmaNet layer: project, convolve, gate, solve the ridge regression, read out.
+
+        q, k, v = unit(SiLU(conv(W h))), unit(SiLU(conv(W h))), act(conv(W h))
+        beta = sigmoid(W_b h + b_b)    alpha = sigmoid(W_alpha h + b_alpha)    log_decay = -exp(A_log) softplus(W_a h + dt_bias)
+        o = gated_kalmanet(q, k, v, log_decay, alpha, input_gate=beta)
+        out = W_o (RMSNorm(o) * SiLU(W_g h)) [+ W_local (the last K values)]
+                                                        [arXiv 2511.21016, section 4; papers' alpha is `solution_mix`]
+    """
+
+    def __init__(self, config: GKAConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        width, heads, bias = config.hidden_size, config.linear_num_heads, config.attention_bias
+        key_dim, value_dim = config.linear_key_head_dim, config.linear_value_head_dim
+        self.q_proj = nn.Linear(width, config.linear_num_query_heads * key_dim, bias=bias)
+        self.k_proj = nn.Linear(width, config.linear_num_key_heads * key_dim, bias=bias)
+        self.v_proj = nn.Linear(width, config.linear_num_value_heads * value_dim, bias=bias)
+        self.q_conv1d = ShortConvolution(self.q_proj.out_features, config.linear_conv_kernel_dim)
+        self.k_conv1d = ShortConvolution(self.k_proj.out_features, config.linear_conv_kernel_dim)
+        if config.use_value_conv:
+            self.v_conv1d = ShortConvolution(self.v_proj.out_features, config.linear_conv_kernel_dim)
+        if config.use_decay:
+            self.a_proj = nn.Linear(width, heads, bias=False)
+            self.A_log = nn.Parameter(torch.zeros(heads))
+            self.dt_bias = nn.Parameter(torch.zeros(heads))
+        if config.use_input_gate:
+            self.b_proj = nn.Linear(width, heads, bias=True)
+        if config.use_solution_mix:
+            self.alpha_proj = nn.Linear(width, heads, bias=True)
+        if config.use_output_gate:
+            self.g_proj = nn.Linear(width, heads * value_dim, bias=False)
+        self.expand_key = config.linear_kv_rank is not None and heads > config.linear_num_key_heads
+        self.expand_value = config.linear_kv_rank is not None and heads > config.linear_num_value_heads
+        if self.expand_key:
+            self.proj_k = LowRankLinear(self.k_proj.out_features, config.linear_kv_rank, heads * key_dim)
+        if self.expand_value:
+            self.proj_v = LowRankLinear(self.v_proj.out_features, config.linear_kv_rank, heads * value_dim)
+        if self.expand_key and config.linear_kv_residual:
+            self.k_rep = nn.Parameter(torch.zeros(heads, config.linear_num_key_heads))
+        if self.expand_value and config.linear_kv_residual:
+            self.v_rep = nn.Parameter(torch.zeros(heads, config.linear_num_value_heads))
+        self.o_norm = GatedRMSNorm(value_dim, config.rms_norm_eps)
+        self.o_proj = nn.Linear(heads * value_dim, width, bias=config.attention_output_bias)
+        if config.use_local_values:
+            self.local_proj = nn.Linear(config.linear_conv_kernel_dim * self.v_proj.out_features, width, bias=False)
+
+    @property
+    def solver(self) -> GKASolver:
+        """The solver that the configuration asks for at this moment."""
+        config = self.config
+        return GKASolver(config.solver, config.solver_iterations, config.ridge_ratio, config.ridge_gradient)
+
+    def forward(
+        self, hidden_states: Tensor, segments: Segments | None = None, past_key_values: Cache | None = None
+    ) -> Tensor:
+        """(B, T, hidden) to the same, continuing from and writing to `past_key_values` when it is given."""
+        features, local = self.features(hidden_states, segments, past_key_values)
+        output = self.o_proj(features)
+        return output if local is None else output + self.local_proj(local)
+
+    def features(
+        self, hidden_states: Tensor, segments: Segments | None = None, past_key_values: Cache | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the output is linear in: (B, T, H Dv) for `o_proj`, and (B, T, K Gv Dv) for `local_proj` or None."""
+        layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        (q_past, gram), (k_past, value_key), (v_past, _) = (
+            (layer.read(slot) for slot in range(3)) if layer is not None else ((None, None),) * 3
+        )
+        query, q_past = self._convolve(self.q_proj(hidden_states), self.q_conv1d, q_past, segments)
+        key, k_past = self._convolve(self.k_proj(hidden_states), self.k_conv1d, k_past, segments)
+        raw_value = self.v_proj(hidden_states)
+        value, local, v_past = self._value(raw_value, v_past, segments)
+        query = unit_norm(F.silu(query).unflatten(-1, (-1, self.config.linear_key_head_dim)))
+        key = F.silu(key).unflatten(-1, (-1, self.config.linear_key_head_dim))
+        query, key, value = self._expand(query, key, value.unflatten(-1, (-1, self.config.linear_value_head_dim)))
+        log_decay, key_log_decay = self._log_decay(hidden_states)
+        outputs, state = gated_kalmanet(
+            query,
+            unit_norm(key),
+            value,
+            log_decay,
+            torch.sigmoid(self.alpha_proj(hidden_states)) if self.config.use_solution_mix else None,
+            key_log_decay=key_log_decay,
+            input_gate=torch.sigmoid(self.b_proj(hidden_states)) + EPSILON if self.config.use_input_gate else None,
+            solver=self.solver,
+            scale=None if self.config.scale_output else 1.0,
+            initial_state=None if gram is None else GKAState(gram, value_key),
+            segments=segments,
+            implementation=self.config.implementation,
+        )
+        if layer is not None:
+            layer.write(0, q_past, state.key_gram)
+            layer.write(1, k_past, state.value_key)
+            layer.write(2, v_past, None)
+            layer.cumulative_length += hidden_states.shape[1]
+        gate = self.g_proj(hidden_states).view_as(outputs) if self.config.use_output_gate else None
+        return self.o_norm(outputs, gate).flatten(-2), local
+
+    def _convolve(self, inputs: Tensor, conv: ShortConvolution, past: Tensor | None, segments: Segments | None):
+        return conv(inputs, past, segments, self.config.implementation)
+
+    def _value(self, raw: Tensor, past: Tensor | None, segments: Segments | None):
+        """Values, the window of raw values for `local_proj`, and the context to carry."""
+        config, local, context = self.config, None, None
+        if config.use_local_values:
+            taps = config.linear_conv_kernel_dim
+            # Depthwise one-hot taps: every channel of the window is one delayed copy of the values.
+            window = torch.eye(taps, dtype=raw.dtype, device=raw.device).repeat(raw.shape[-1], 1)
+            wide_past = None if past is None else past.repeat_interleave(taps, dim=1)
+            local, wide_past = causal_conv(raw.repeat_interleave(taps, dim=-1), window, wide_past, segments)
+            context = wide_past[:, ::taps]
+        value = raw
+        if config.use_value_conv:
+            value, context = self._convolve(raw, self.v_conv1d, past, segments)
+        return F.silu(value) if config.value_activation == "silu" else value, local, context
+
+    def _expand(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query heads to all heads, and the learned expansion of keys and values where there is one."""
+        heads = self.config.linear_num_heads
+        if query.shape[2] < heads:
+            query = query.repeat_interleave(heads // query.shape[2], dim=2)
+        if self.expand_key:
+            key = self._learned(key, self.proj_k, getattr(self, "k_rep", None))
+        if self.expand_value:
+            value = self._learned(value, self.proj_v, getattr(self, "v_rep", None))
+        return query, key, value
+
+    def _learned(self, heads: Tensor, low_rank: LowRankLinear, mixture: Tensor | None) -> Tensor:
+        expanded = low_rank(heads.flatten(-2)).unflatten(-1, (self.config.linear_num_heads, -1))
+        if mixture is None:
+            return expanded + heads.repeat_interleave(self.config.linear_num_heads // heads.shape[2], dim=2)
+        return expanded + torch.einsum("hg,btgd->bthd", mixture.to(heads.dtype), heads)
+
+    def _log_decay(self, hidden_states: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """(value state, Gram matrix) log decays (B, T, H) in float32; None for no decay."""
+        if not self.config.use_decay:
+            return None, None
+        step = F.softplus(self.a_proj(hidden_states).float() + self.dt_bias.float())
+        log_decay = -self.A_log.float().exp() * step
+        return log_decay, log_decay if self.config.decay_key_gram else torch.zeros_like(log_decay)
+
+
+class GKADecoderLayer(DecoderLayer):
+    """Decoder layer whose `linear_attention` mixer is Gated KalmaNet."""
+
+    mixer_class = GKAMixer
+
+
+class GKAPreTrainedModel(PreTrainedModel):
+    """Weight initialisation, loading and the host's feature flags."""
+
+    config: GKAConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GKADecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _is_stateful = True
+    _keep_in_fp32_modules_strict = ["A_log", "dt_bias"]
+    _can_record_outputs = {"hidden_states": GKADecoderLayer, "attentions": DecoderAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, GatedRMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, ShortConvolution):
+            bound = module.kernel_size[0] ** -0.5
+            init.uniform_(module.weight, -bound, bound)
+        elif isinstance(module, LowRankLinear):
+            init.zeros_(module.linearB.weight)
+        elif isinstance(module, GKAMixer):
+            self._init_mixer(module)
+
+    @staticmethod
+    def _init_mixer(mixer: GKAMixer) -> None:
+        if mixer.config.use_decay:
+            # Drawn in float32 and kept away from 0, so that log never becomes -inf.
+            rate = torch.empty_like(mixer.A_log, dtype=torch.float32).uniform_(0.01, 16)
+            init.copy_(mixer.A_log, rate.log())
+            low, high = math.log(1e-3), math.log(1e-1)
+            step = torch.empty_like(mixer.dt_bias, dtype=torch.float32).uniform_(low, high).exp().clamp_min(1e-4)
+            init.copy_(mixer.dt_bias, step + torch.log(-torch.expm1(-step)))
+        for name, groups in (("k_rep", mixer.config.linear_num_key_heads), ("v_rep", mixer.config.linear_num_value_heads)):
+            parameter = getattr(mixer, name, None)
+            if parameter is not None:
+                repeat = torch.eye(groups, device=parameter.device)
+                init.copy_(parameter, repeat.repeat_interleave(parameter.shape[0] // groups, dim=0))
+
+
+class GKAModel(GKAPreTrainedModel):
+    """The decoder without a head."""
+
+    def __init__(self, config: GKAConfig) -> None:
+        super().__init__(config)
+        build_decoder(self, config, GKADecoderLayer)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """Arguments as in every decoder of the host library.
+
+        `attention_mask` is a (B, past + T) padding mask, None, or a dict with one mask per kind of layer. Packed rows
+        are given by `cu_seq_lens_q`, `seq_idx` or restarting `position_ids`. Any number of tokens may follow a past.
+        """
+        return run_decoder(
+            self, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **kwargs
+        )
+
+
+class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
+    """The decoder with a language-modelling head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: GKAConfig) -> None:
+        super().__init__(config)
+        self.model = GKAModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """Arguments as in `GKAModel.forward`; `labels` (B, T) are shifted inside, -100 is ignored."""
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if isinstance(cache, Cache):
+            swap_cache_layers(cache, self.config.layer_types, self.config.number_of_conv_states)
+        return result
+
+
+class GKAForSequenceClassification(GenericForSequenceClassification, GKAPreTrainedModel):
+    """The decoder with a sequence-classification head on the last token."""
+
+
+class GKAForTokenClassification(GenericForTokenClassification, GKAPreTrainedModel):
+    """The decoder with a token-classification head."""
+
+
+class GKAForQuestionAnswering(GenericForQuestionAnswering, GKAPreTrainedModel):
+    """The decoder with a span head."""
