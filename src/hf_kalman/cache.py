@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
 
-__all__ = ["KalmanCacheLayer", "swap_cache_layers"]
+__all__ = ["KalmanCacheLayer", "cache_bytes", "swap_cache_layers"]
 
 
 class KalmanCacheLayer(LinearAttentionLayer, CacheLayerMixin):
@@ -152,3 +153,25 @@ def swap_cache_layers(cache: Cache, layer_types: list[str], number_of_states: in
         if layer.record_past:
             cache.layers[index].activate_past_recording()
     return cache
+
+
+def cache_bytes(config: PreTrainedConfig, context: int, dtype: torch.dtype) -> int:
+    """Bytes that generation keeps for one sequence after `context` tokens.
+
+    Args:
+        config: of a model of this package or of a Llama-like decoder of the host library.
+        context: tokens read so far.
+        dtype: of keys, values and convolution contexts; recurrent states are float32.
+    """
+    total = 0
+    kinds = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    for kind in kinds or ["full_attention" if window is None else "sliding_attention"] * config.num_hidden_layers:
+        if kind == "linear_attention":
+            total += config.linear_state_bytes(dtype.itemsize)
+        else:
+            # A sliding layer keeps window - 1 tokens.
+            tokens = context if kind == "full_attention" else min(context, window - 1)
+            total += 2 * config.num_key_value_heads * head_dim * tokens * dtype.itemsize
+    return total

@@ -32,6 +32,7 @@ class GKAConfig(PreTrainedConfig):
         linear_value_head_dim: width of value heads, `head_dim` when None.
         linear_conv_kernel_dim: taps of the short causal convolutions.
         use_value_conv: whether values, too, pass a convolution.
+        key_activation: activation behind the query and key convolutions.
         value_activation: activation behind the value convolution; "identity" keeps the value path linear.
         use_local_values: adds a linear map from the last `linear_conv_kernel_dim` values to the output: what
             attention heads that look at the previous tokens compute. Needs no state beyond the convolution's.
@@ -108,6 +109,7 @@ class GKAConfig(PreTrainedConfig):
     linear_value_head_dim: int | None = None
     linear_conv_kernel_dim: int = 4
     use_value_conv: bool = True
+    key_activation: Literal["silu", "identity"] = "silu"
     value_activation: Literal["silu", "identity"] = "silu"
     use_local_values: bool = False
     use_decay: bool = True
@@ -153,6 +155,15 @@ class GKAConfig(PreTrainedConfig):
     def number_of_conv_states(self) -> int:
         """Slots of a cache layer: query, key and value convolution contexts; the first two also hold the states."""
         return 3
+
+    def linear_state_bytes(self, itemsize: int) -> int:
+        """Bytes of one GKA layer's cache for one sequence; convolution contexts have `itemsize`, states 4 bytes."""
+        heads, key_dim, value_dim = self.linear_num_heads, self.linear_key_head_dim, self.linear_value_head_dim
+        channels = (self.linear_num_query_heads + self.linear_num_key_heads) * key_dim
+        if self.use_value_conv or self.use_local_values:
+            channels += self.linear_num_value_heads * value_dim
+        context = (self.linear_conv_kernel_dim - 1) * channels * itemsize
+        return context + 4 * heads * key_dim * (key_dim + value_dim)
 
     def validate_architecture(self):
         """Cross-field rules; part of the `@strict` validation."""

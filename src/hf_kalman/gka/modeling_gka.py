@@ -15,7 +15,7 @@ from transformers.modeling_layers import (
     GenericForTokenClassification,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -66,14 +66,19 @@ class LowRankLinear(nn.Module):
         return self.linearB(F.silu(self.linearA(hidden_states)))
 
 
+def widen(tensor: Tensor) -> Tensor:
+    """At least float32."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
 def unit_norm(vector: Tensor) -> Tensor:
-    """x / (||x|| + 1e-6) over the last axis, computed in float32."""
-    wide = vector.float()
+    """x / (||x|| + 1e-6) over the last axis, computed in at least float32."""
+    wide = widen(vector)
     return (wide / (torch.linalg.vector_norm(wide, dim=-1, keepdim=True) + EPSILON)).to(vector.dtype)
 
 
 class GatedRMSNorm(nn.Module):
-    """RMSNorm(x) * weight * SiLU(gate), in float32."""
+    """RMSNorm(x) * weight * SiLU(gate), in at least float32."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -82,10 +87,10 @@ class GatedRMSNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor, gate: Tensor | None) -> Tensor:
         """(..., width) and a gate of the same shape, or None for no gate."""
-        wide = hidden_states.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * self.weight.float()
+        wide = widen(hidden_states)
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * widen(self.weight)
         if gate is not None:
-            wide = wide * F.silu(gate.float())
+            wide = wide * F.silu(widen(gate))
         return wide.to(hidden_states.dtype)
 
 
@@ -163,8 +168,10 @@ class GKAMixer(nn.Module):
         key, k_past = self._convolve(self.k_proj(hidden_states), self.k_conv1d, k_past, segments)
         raw_value = self.v_proj(hidden_states)
         value, local, v_past = self._value(raw_value, v_past, segments)
-        query = unit_norm(F.silu(query).unflatten(-1, (-1, self.config.linear_key_head_dim)))
-        key = F.silu(key).unflatten(-1, (-1, self.config.linear_key_head_dim))
+        if self.config.key_activation == "silu":
+            query, key = F.silu(query), F.silu(key)
+        query = unit_norm(query.unflatten(-1, (-1, self.config.linear_key_head_dim)))
+        key = key.unflatten(-1, (-1, self.config.linear_key_head_dim))
         query, key, value = self._expand(query, key, value.unflatten(-1, (-1, self.config.linear_value_head_dim)))
         log_decay, key_log_decay = self._log_decay(hidden_states)
         outputs, state = gated_kalmanet(
@@ -225,11 +232,11 @@ class GKAMixer(nn.Module):
         return expanded + torch.einsum("hg,btgd->bthd", mixture.to(heads.dtype), heads)
 
     def _log_decay(self, hidden_states: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """(value state, Gram matrix) log decays (B, T, H) in float32; None for no decay."""
+        """(value state, Gram matrix) log decays (B, T, H) in at least float32; None for no decay."""
         if not self.config.use_decay:
             return None, None
-        step = F.softplus(self.a_proj(hidden_states).float() + self.dt_bias.float())
-        log_decay = -self.A_log.float().exp() * step
+        step = F.softplus(widen(self.a_proj(hidden_states)) + widen(self.dt_bias))
+        log_decay = -widen(self.A_log).exp() * step
         return log_decay, log_decay if self.config.decay_key_gram else torch.zeros_like(log_decay)
 
 
@@ -352,7 +359,8 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -146,6 +146,11 @@ def gated_kalmanet_reference(
         norm = torch.where(squared > 0, torch.where(squared > 0, squared, 1).sqrt(), 0)
         ridge = solver.ridge_ratio * (norm if solver.ridge_gradient else norm.detach())
         x = solve_ridge(gram, q, norm, ridge, solver)
+        if solver.method == "cg" and solver.iterations > 0 and torch.is_grad_enabled():
+            # Differentiating through conjugate gradients divides by vanishing residuals: the value is theirs, the
+            # gradient that of the equation they solve.
+            exact = solve_ridge(gram, q, norm, ridge, solver._replace(method="exact"))
+            x = exact + (x - exact).detach()
         mixed = q + solution_mix[:, t, :, None] * (x - q)
         y = scale * (value_key @ mixed[..., None])[..., 0]
         out.append(y if token is None else torch.where(token[..., 0], y, 0))

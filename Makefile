@@ -1,0 +1,36 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-gpu lint clean
+
+# A CPU build of torch is enough for everything but the GPU tests. Set TORCH to another requirement, or to "" to keep
+# the torch that the interpreter already has (VENV_FLAGS=--system-site-packages).
+TORCH ?= torch==2.13.0
+VENV_FLAGS ?=
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
+	$(if $(TORCH),$(BIN)/python -m pip install --quiet "$(TORCH)")
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+# Swaps attention layers of a real pretrained model, heals it, saves, reloads, generates. Results in build/demo.
+demo: $(VENV)/.installed
+	$(BIN)/python examples/demo.py --work build/demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2 -m "not gpu"
+
+# On a machine with a GPU and its own torch: make test-gpu PYTHON=python3 RUN="python3 -m pytest"
+RUN ?= $(BIN)/python -m pytest
+test-gpu:
+	PYTHONPATH=src:kernels/torch-ext:conversion $(RUN) -m gpu
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf $(VENV) build dist

@@ -1,0 +1,64 @@
+"""What a conversion kept and what it cost."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from hf_kalman.cache import cache_bytes
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+__all__ = ["kept_weights_differ", "perplexity", "verify"]
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, windows: Tensor, progress: bool = False) -> float:
+    """exp of the mean next-token loss inside windows, each read on its own.
+
+    Args:
+        model: a causal LM.
+        windows: (N, T) tokens; the first token of each window is not scored.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ValueError: `windows` holds no token to score.
+    """
+    if windows.ndim != 2 or windows.numel() == 0 or windows.shape[1] < 2:
+        raise ValueError(f"perplexity: `windows` must have shape (N >= 1, T >= 2), got {tuple(windows.shape)}.")
+    training = model.training
+    model.eval()
+    total = 0.0
+    for window in tqdm(windows, desc="perplexity", unit="window", disable=not progress):
+        window = window[None].to(model.device)
+        logits = model(window, use_cache=False).logits[0, :-1].float()
+        total += torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum").item()
+    model.train(training)
+    return math.exp(total / (windows.shape[0] * (windows.shape[1] - 1)))
+
+
+def kept_weights_differ(student: PreTrainedModel, teacher: PreTrainedModel) -> list[str]:
+    """Names of weights outside the mixers that are not bit-equal to the teacher's."""
+    theirs = teacher.state_dict()
+    return [
+        name
+        for name, tensor in student.state_dict().items()
+        if ".mixer." not in name and not torch.equal(tensor.cpu(), theirs[name].cpu())
+    ]
+
+
+def verify(student: PreTrainedModel, teacher: PreTrainedModel, windows: Tensor, context: int = 8192) -> dict[str, Any]:
+    """Kept weights, swapped layers, perplexity and cache of a converted model beside the model it was made from."""
+    return {
+        "swapped_layers": [i for i, kind in enumerate(student.config.layer_types) if kind == "linear_attention"],
+        "changed_weights": kept_weights_differ(student, teacher),
+        "tokens": windows.numel(),
+        "perplexity": {"model": perplexity(student, windows), "teacher": perplexity(teacher, windows)},
+        "context": context,
+        "cache_bytes": {
+            "model": cache_bytes(student.config, context, student.dtype),
+            "teacher": cache_bytes(teacher.config, context, teacher.dtype),
+        },
+    }

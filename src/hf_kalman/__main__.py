@@ -1,0 +1,34 @@
+"""`python -m hf_kalman`: versions, architectures, and which implementation serves each operator here, and why."""
+
+import importlib.metadata
+import sys
+
+import torch
+from kalman_kernels import conv, gka
+from kalman_kernels.dispatch import choose
+
+from . import __version__
+from .registration import ARCHITECTURES
+
+
+def report() -> str:
+    """The text that `python -m hf_kalman` shows."""
+    lines = [f"hf_kalman {__version__}, Python {sys.version.split()[0]}"]
+    for name in ("torch", "transformers", "triton", "peft", "safetensors", "huggingface-hub", "accelerate"):
+        try:
+            lines.append(f"  {name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            lines.append(f"  {name} not installed")
+    lines.append("architectures")
+    for config, models in ARCHITECTURES.items():
+        lines.append(f"  {config.model_type}: {', '.join(model.__name__ for model in models.values())}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    lines.append(f"implementations on {device.type}")
+    for name, available in (("gated_kalmanet", gka.IMPLEMENTATIONS), ("causal_conv", conv.IMPLEMENTATIONS)):
+        choice = choose(name, "auto", available, device)
+        lines.append(f"  {name}: {choice.implementation} ({choice.reason}); available: {', '.join(available)}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(report() + "\n")

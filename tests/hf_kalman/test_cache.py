@@ -1,0 +1,96 @@
+import pytest
+import torch
+from hf_kalman import KalmanCacheLayer
+from hf_kalman.cache import cache_bytes
+from tiny import HYBRID, OPENING, PURE, tiny_config, tiny_model, tokens
+from transformers import DynamicCache
+
+
+def filled(layer_types=HYBRID, length=9, **fields):
+    model = tiny_model(layer_types, **fields)
+    cache = model(tokens(2, length), use_cache=True).past_key_values
+    return model, cache
+
+
+def test_the_cache_stays_the_hosts_own_class():
+    _, cache = filled()
+    assert type(cache) is DynamicCache
+    assert [isinstance(layer, KalmanCacheLayer) for layer in cache.layers] == [False, True, False, True]
+
+
+@pytest.mark.parametrize("layer_types", [HYBRID, PURE, OPENING])
+def test_length_is_counted_with_and_without_attention_layers(layer_types):
+    model, cache = filled(layer_types)
+    assert cache.get_seq_length() == 9
+    model(tokens(2, 4), past_key_values=cache)
+    assert cache.get_seq_length() == 13
+    assert cache.layers[1].get_max_length() == -1
+
+
+def test_a_mixer_without_convolution_context_keeps_its_state():
+    model = tiny_model(PURE, linear_conv_kernel_dim=1)
+    ids = tokens(2, 12)
+    cache = model(ids[:, :9], use_cache=True).past_key_values
+    out = model(ids[:, 9:], past_key_values=cache).logits
+    torch.testing.assert_close(out, model(ids).logits[:, 9:], rtol=1e-4, atol=2e-5)
+
+
+def test_batch_methods():
+    model, _ = filled()
+    ids, following = tokens(2, 9), tokens(2, 3, seed=5)
+    rows = torch.tensor([1, 0, 1])
+
+    def continued(change):
+        cache = model(ids, use_cache=True).past_key_values
+        change(cache)
+        return cache
+
+    with torch.no_grad():
+        whole = model(torch.cat([ids, following], 1)).logits[:, 9:]
+        reordered = continued(lambda c: c.reorder_cache(torch.tensor([1, 0])))
+        torch.testing.assert_close(model(following.flip(0), past_key_values=reordered).logits, whole.flip(0))
+        selected = continued(lambda c: c.batch_select_indices(rows))
+        torch.testing.assert_close(model(following[rows], past_key_values=selected).logits, whole[rows])
+        repeated = continued(lambda c: c.batch_repeat_interleave(2))
+        twice = following.repeat_interleave(2, 0)
+        torch.testing.assert_close(model(twice, past_key_values=repeated).logits, whole.repeat_interleave(2, 0))
+
+
+def test_reset_forgets_and_keeps_addresses():
+    model, cache = filled(PURE)
+    addresses = [state.data_ptr() for state in cache.layers[0].recurrent_states.values() if state is not None]
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    ids = tokens(2, 5)
+    torch.testing.assert_close(model(ids, past_key_values=cache).logits, model(ids).logits)
+    assert addresses == [s.data_ptr() for s in cache.layers[0].recurrent_states.values() if s is not None]
+
+
+def test_crop_raises_and_says_what_works():
+    _, cache = filled(PURE)
+    cache.crop(0)
+    with pytest.raises(NotImplementedError, match="run the shorter sequence again"):
+        cache.crop(-2)
+
+
+def test_foreign_caches_are_refused():
+    model, _ = filled()
+    with pytest.raises(ValueError, match=r"must hold one entry per layer \(4\), got 0"):
+        model(tokens(2, 3), past_key_values=DynamicCache())
+    other = DynamicCache(config=tiny_config(["full_attention"] * 4))
+    with pytest.raises(ValueError, match="linear-attention entry for layer 1"):
+        model(tokens(2, 3), past_key_values=other)
+
+
+@pytest.mark.parametrize("fields", [{}, {"use_local_values": True, "use_value_conv": False}, {"linear_conv_kernel_dim": 1}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cache_bytes_are_what_a_cache_holds(fields, dtype):
+    model = tiny_model(**fields).to(dtype)
+    cache = model(tokens(1, 20), use_cache=True).past_key_values
+    held = 0
+    for layer in cache.layers:
+        tensors = [layer.keys, layer.values]
+        if isinstance(layer, KalmanCacheLayer):
+            tensors = [*layer.conv_states.values(), *layer.recurrent_states.values()]
+        held += sum(t.numel() * t.element_size() for t in tensors if t is not None)
+    assert cache_bytes(model.config, 20, dtype) == held
