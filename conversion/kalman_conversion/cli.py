@@ -31,12 +31,14 @@ _HEAL_DEFAULTS = {
     "rls_tokens": 65536,
     "tokens": 65536,
     "prior_tokens": PRIOR_TOKENS,
-    "learning_rate": 3e-3,
+    "learning_rate": 1e-2,
     "small_factor": 3.0,
+    "forgetting": 0.06,
     "batch_size": 1,
     "epochs": 1.0,
     "seed": 0,
 }
+_LAYERWISE = ("learning_rate", "small_factor", "forgetting", "prior_tokens", "batch_size", "epochs", "seed")
 # Windows held back from healing, on which the layers' errors are reported.
 _HELD_OUT = 4
 
@@ -81,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     heal.add_argument("--prior-tokens", type=float, help="weight of the prior of least squares, in tokens")
     heal.add_argument("--learning-rate", type=float)
     heal.add_argument("--small-factor", type=float, help="on the learning rate of decays, gates and convolutions")
+    heal.add_argument("--forgetting", type=float, help="share of the past that the filtered read-out forgets per batch")
     heal.add_argument("--batch-size", type=int)
     heal.add_argument("--epochs", type=float)
     heal.add_argument("--seed", type=int)
@@ -193,12 +196,14 @@ def _heal(options: argparse.Namespace) -> int:
     work.mkdir(parents=True, exist_ok=True)
     (work / "settings.json").write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
     held_out, windows = windows[:_HELD_OUT], windows[_HELD_OUT:]
-    reports = [heal_rls(student, teacher, windows[:rls_windows], prior_tokens=settings["prior_tokens"], work=work)]
+    prior = settings["prior_tokens"]
+    report, filters = heal_rls(student, teacher, windows[:rls_windows], prior_tokens=prior, work=work)
+    reports = [report]
     errors = {"rls": layer_errors(student, teacher, held_out)}
     if layerwise:
-        names = ("learning_rate", "small_factor", "batch_size", "epochs", "seed")
-        chosen = {name: settings[name] for name in names}
-        reports.append(heal_layerwise(student, teacher, windows[:train_windows], work=work / "layerwise", **chosen))
+        chosen = {name: settings[name] for name in _LAYERWISE}
+        folder = work / "layerwise"
+        reports.append(heal_layerwise(student, teacher, windows[:train_windows], filters, work=folder, **chosen))
         errors["layerwise"] = layer_errors(student, teacher, held_out)
     stages = [{"stage": r.stage, "tokens": r.tokens, "seconds": round(r.seconds, 1)} for r in reports]
     _save(student, options.model, options.output, "healing.json", {**identity, "stages": stages, "errors": errors})

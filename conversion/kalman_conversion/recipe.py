@@ -24,6 +24,7 @@ _HEAL = (
     "prior_tokens",
     "learning_rate",
     "small_factor",
+    "forgetting",
     "batch_size",
     "epochs",
     "seed",

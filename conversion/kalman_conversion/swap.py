@@ -87,9 +87,7 @@ def swap_attention(
         ValueError, FileNotFoundError: before any weight is touched, with the argument, its value and what works.
     """
     if initialisation not in ("identity", "reference"):
-        raise ValueError(
-            f"swap_attention: `initialisation` must be 'identity' or 'reference', got {initialisation!r}."
-        )
+        raise ValueError(f"swap_attention: `initialisation` must be 'identity' or 'reference', got {initialisation!r}.")
     if isinstance(model, (str, Path)):
         if Path(model).exists():
             check_checkpoint(model)
@@ -205,5 +203,3 @@ def initialise_mixer(
             step = torch.full_like(lives, 0.01)
             mixer.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
             mixer.A_log.copy_((torch.log(torch.tensor(2.0)) / lives / step).log())
-
-

@@ -49,7 +49,7 @@ def _jsonl(lines: Iterable[str], path: Path) -> Iterator[str]:
             text = None
         if not isinstance(text, str):
             raise ValueError(
-                f"read_documents: `data` {str(path)!r} must hold one JSON object with a \"text\" string per line, but "
+                f'read_documents: `data` {str(path)!r} must hold one JSON object with a "text" string per line, but '
                 f"line {number} is {line.strip()[:60]!r}."
             )
         if text.strip():

@@ -82,7 +82,9 @@ def test_foreign_caches_are_refused():
         model(tokens(2, 3), past_key_values=other)
 
 
-@pytest.mark.parametrize("fields", [{}, {"use_local_values": True, "use_value_conv": False}, {"linear_conv_kernel_dim": 1}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"use_local_values": True, "use_value_conv": False}, {"linear_conv_kernel_dim": 1}]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cache_bytes_are_what_a_cache_holds(fields, dtype):
     model = tiny_model(**fields).to(dtype)

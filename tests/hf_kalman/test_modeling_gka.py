@@ -208,7 +208,10 @@ def test_heads_and_auto_classes(tmp_path):
     for auto, labels in (
         (AutoModelForSequenceClassification, {"labels": torch.tensor([0, 2])}),
         (AutoModelForTokenClassification, {"labels": torch.zeros(2, 7, dtype=torch.long)}),
-        (AutoModelForQuestionAnswering, {"start_positions": torch.tensor([0, 1]), "end_positions": torch.tensor([2, 3])}),
+        (
+            AutoModelForQuestionAnswering,
+            {"start_positions": torch.tensor([0, 1]), "end_positions": torch.tensor([2, 3])},
+        ),
     ):
         model = auto.from_config(config)
         loss = model(ids, attention_mask=mask, **labels).loss

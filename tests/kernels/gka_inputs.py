@@ -17,7 +17,9 @@ NAMES = (
 EXACT = GKASolver("exact")
 
 
-def make_inputs(length, batch=2, heads=4, key_heads=2, value_heads=1, width=8, value_width=6, dtype=torch.float64, seed=0):
+def make_inputs(
+    length, batch=2, heads=4, key_heads=2, value_heads=1, width=8, value_width=6, dtype=torch.float64, seed=0
+):
     """Inputs in the order of NAMES: unit queries and keys, separate decays, positive definite initial Gram matrix."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -50,9 +52,7 @@ def call(inputs, solver=EXACT, segments=None, implementation="torch", **override
         "initial_state": GKAState(inputs[7], inputs[8]),
         **overrides,
     }
-    return gated_kalmanet(
-        *inputs[:5], solver=solver, segments=segments, implementation=implementation, **arguments
-    )
+    return gated_kalmanet(*inputs[:5], solver=solver, segments=segments, implementation=implementation, **arguments)
 
 
 def gradients(inputs, cotangents, **options):

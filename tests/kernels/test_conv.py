@@ -19,7 +19,9 @@ def make_segments(kind, batch, length):
     generator = torch.Generator().manual_seed(7)
     reset = torch.rand(batch, length, generator=generator) < 0.2
     valid = torch.rand(batch, length, generator=generator) > 0.4
-    return {"plain": None, "packed": Segments(reset), "padded": Segments(None, valid), "both": Segments(reset, valid)}[kind]
+    return {"plain": None, "packed": Segments(reset), "padded": Segments(None, valid), "both": Segments(reset, valid)}[
+        kind
+    ]
 
 
 @pytest.mark.parametrize("taps", [1, 2, 4])

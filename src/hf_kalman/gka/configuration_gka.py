@@ -176,7 +176,9 @@ class GKAConfig(PreTrainedConfig):
             if kind not in LAYER_TYPES:
                 raise ValueError(f"`layer_types[{index}]` must be one of {LAYER_TYPES}, got {kind!r}.")
         if "sliding_attention" in self.layer_types and self.sliding_window is None:
-            raise ValueError("`sliding_window` must be set because `layer_types` has sliding_attention layers, got None.")
+            raise ValueError(
+                "`sliding_window` must be set because `layer_types` has sliding_attention layers, got None."
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"`num_key_value_heads` must divide num_attention_heads={self.num_attention_heads}, got "

@@ -97,6 +97,4 @@ class HybridQwen3ForCausalLM(GKAForCausalLM):
 
 def register_weight_names() -> None:
     """`model.layers.N.gka.*` in their files is `model.layers.N.mixer.*` here, in both directions."""
-    register_checkpoint_conversion_mapping(
-        "hybrid_qwen3", [WeightRenaming(r"\.gka\.", ".mixer.")], overwrite=True
-    )
+    register_checkpoint_conversion_mapping("hybrid_qwen3", [WeightRenaming(r"\.gka\.", ".mixer.")], overwrite=True)

@@ -97,11 +97,11 @@ class GatedRMSNorm(nn.Module):
 class GKAMixer(nn.Module):
     """Gated KalmaNet layer: project, convolve, gate, solve the ridge regression, read out.
 
-        q, k, v = unit(SiLU(conv(W h))), unit(SiLU(conv(W h))), act(conv(W h))
-        beta = sigmoid(W_b h + b_b)    alpha = sigmoid(W_alpha h + b_alpha)    log_decay = -exp(A_log) softplus(W_a h + dt_bias)
-        o = gated_kalmanet(q, k, v, log_decay, alpha, input_gate=beta)
-        out = W_o (RMSNorm(o) * SiLU(W_g h)) [+ W_local (the last K values)]
-                                                        [arXiv 2511.21016, section 4; papers' alpha is `solution_mix`]
+    q, k, v = unit(SiLU(conv(W h))), unit(SiLU(conv(W h))), act(conv(W h))
+    beta = sigmoid(W_b h + b_b)    alpha = sigmoid(W_alpha h + b_alpha)    log_decay = -exp(A_log) softplus(W_a h + dt_bias)
+    o = gated_kalmanet(q, k, v, log_decay, alpha, input_gate=beta)
+    out = W_o (RMSNorm(o) * SiLU(W_g h)) [+ W_local (the last K values)]
+                                                    [arXiv 2511.21016, section 4; papers' alpha is `solution_mix`]
     """
 
     def __init__(self, config: GKAConfig, layer_idx: int) -> None:
@@ -284,7 +284,10 @@ class GKAPreTrainedModel(PreTrainedModel):
             low, high = math.log(1e-3), math.log(1e-1)
             step = torch.empty_like(mixer.dt_bias, dtype=torch.float32).uniform_(low, high).exp().clamp_min(1e-4)
             init.copy_(mixer.dt_bias, step + torch.log(-torch.expm1(-step)))
-        for name, groups in (("k_rep", mixer.config.linear_num_key_heads), ("v_rep", mixer.config.linear_num_value_heads)):
+        for name, groups in (
+            ("k_rep", mixer.config.linear_num_key_heads),
+            ("v_rep", mixer.config.linear_num_value_heads),
+        ):
             parameter = getattr(mixer, name, None)
             if parameter is not None:
                 repeat = torch.eye(groups, device=parameter.device)

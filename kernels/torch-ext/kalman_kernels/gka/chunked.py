@@ -19,11 +19,13 @@ from .reference import GKASolver, solve_ridge
 
 __all__ = ["Inputs", "block_count", "gka_chunked_backward", "gka_chunked_forward", "gka_step"]
 
-# Tokens of one chunk. Small enough that the product of a chunk's keys with themselves stays cheaper than the state's
-# product with them, large enough for efficient matrix products; benchmarks/gka_cpu.py compares.
-CHUNK = 32
-# Elements of (B, H, n, C, D) in one block of n chunks: bounds the temporaries, keeps them near the cache.
-BLOCK_ELEMENTS = 1 << 19
+# Tokens of one chunk. Small enough that the products of a chunk's keys among themselves stay cheap beside those with
+# the state; an accelerator prefers fewer, larger products. benchmarks/gka_cpu.py compares.
+CHUNK = {"cpu": 32}
+OTHER_CHUNK = 64
+# Elements of (B, H, n, C, D) in one block of n chunks: bounds the temporaries; on a CPU it keeps them in the cache.
+BLOCK_ELEMENTS = {"cpu": 1 << 18}
+OTHER_BLOCK_ELEMENTS = 1 << 24
 # Elements of (B, H, n, C, D, D) in one block of the direct solve.
 EXACT_BLOCK_ELEMENTS = 1 << 23
 
@@ -80,9 +82,9 @@ class _Block(NamedTuple):
 def _plan(query: Tensor, value_width: int, method: str) -> tuple[int, int]:
     """(C, chunks per block) for a query of shape (B, T, H, D)."""
     batch, length, heads, width = query.shape
-    chunk = min(CHUNK, length)
+    chunk = min(CHUNK.get(query.device.type, OTHER_CHUNK), length)
     per_chunk = batch * heads * chunk * max(width, value_width)
-    count = max(1, BLOCK_ELEMENTS // per_chunk)
+    count = max(1, BLOCK_ELEMENTS.get(query.device.type, OTHER_BLOCK_ELEMENTS) // per_chunk)
     if method == "exact":
         count = max(1, min(count, EXACT_BLOCK_ELEMENTS // (per_chunk * width)))
     return chunk, count

@@ -153,9 +153,7 @@ def _check(
         wanted = {"key_gram": (batch, heads, width, width), "value_key": (batch, heads, value.shape[-1], width)}
         for (name, shape), tensor in zip(wanted.items(), initial_state, strict=True):
             if tuple(tensor.shape) != shape:
-                raise ValueError(
-                    f"{_NAME}: `initial_state.{name}` must have shape {shape}, got {tuple(tensor.shape)}."
-                )
+                raise ValueError(f"{_NAME}: `initial_state.{name}` must have shape {shape}, got {tuple(tensor.shape)}.")
 
 
 def _neutral(inputs: Inputs, valid: Tensor) -> Inputs:

@@ -45,9 +45,7 @@ class GKASolver(NamedTuple):
     def check(self, name: str) -> None:
         """Raise `ValueError` when a field of the solver handed to the operator `name` is out of its range."""
         if self.method not in ("chebyshev", "cg", "exact"):
-            raise ValueError(
-                f"{name}: `solver.method` must be 'chebyshev', 'cg' or 'exact', got {self.method!r}."
-            )
+            raise ValueError(f"{name}: `solver.method` must be 'chebyshev', 'cg' or 'exact', got {self.method!r}.")
         if not isinstance(self.iterations, int) or self.iterations < 0:
             raise ValueError(f"{name}: `solver.iterations` must be an integer >= 0, got {self.iterations!r}.")
         if not self.ridge_ratio > 0:

@@ -1,0 +1,32 @@
+"""Runs the tests that need a GPU and writes their outcomes to results/gpu_tests.json."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import pytest
+from record import RESULTS, environment, write
+
+
+class Collector:
+    def __init__(self):
+        self.outcomes = {}
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" or report.outcome != "passed":
+            self.outcomes[report.nodeid] = {"outcome": report.outcome, "seconds": round(report.duration, 2)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    collector = Collector()
+    status = pytest.main(["-m", "gpu", "-q", "-p", "no:cacheprovider"], plugins=[collector])
+    counts = {o: sum(e["outcome"] == o for e in collector.outcomes.values()) for o in ("passed", "failed", "skipped")}
+    write("gpu_tests", {"environment": environment("cuda"), **counts, "tests": collector.outcomes}, options.output)
+    return int(status)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

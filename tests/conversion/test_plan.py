@@ -1,0 +1,63 @@
+import pytest
+from kalman_conversion import plan_conversion, resolve_layers
+from tiny_teachers import FAMILIES, teacher
+from transformers import GPT2Config
+
+FULL = ["full_attention"] * 6
+
+
+def test_words_and_indices():
+    assert resolve_layers("all", FULL) == (0, 1, 2, 3, 4, 5)
+    assert resolve_layers("half", FULL) == (1, 3, 5)
+    assert resolve_layers("none", FULL) == ()
+    assert resolve_layers("4, 1", FULL) == resolve_layers([4, 1], FULL) == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ("most", "'all', 'half', 'none' or indices"),
+        ([6], "indices from 0 to 5 of the 6-layer model, got 6"),
+        ([-1], "got -1"),
+        ([True], "got True"),
+        ([1.5], "got 1.5"),
+        ([2, 2], "got 2 twice"),
+    ],
+)
+def test_layers_that_do_not_exist(layers, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_layers(layers, FULL)
+
+
+def test_a_layer_that_is_no_attention():
+    with pytest.raises(ValueError, match="got 1, which is linear_attention"):
+        resolve_layers([1], ["full_attention", "linear_attention"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_decoder_carries_over(family):
+    source = teacher(family).config
+    plan = plan_conversion(source, layers=[1])
+    assert plan.layers == (1,)
+    assert plan.config.layer_types[1] == "linear_attention"
+    for name in ("vocab_size", "hidden_size", "rope_parameters", "tie_word_embeddings", "rms_norm_eps"):
+        assert getattr(plan.config, name) == getattr(source, name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mixer": "mamba"}, "`mixer` must be one of"),
+        ({"hidden_size": 8}, "fields of GKAConfig that describe the mixer, got 'hidden_size'"),
+        ({"layer_types": ["linear_attention"] * 4}, "got 'layer_types'"),
+        ({"taps": 4}, "got 'taps'"),
+    ],
+)
+def test_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        plan_conversion(teacher().config, **arguments)
+
+
+def test_other_model_types_are_refused_by_name():
+    with pytest.raises(ValueError, match="`model` must be of type llama, mistral, qwen2, qwen3.*got 'gpt2'"):
+        plan_conversion(GPT2Config())

@@ -1,0 +1,138 @@
+import json
+
+import pytest
+import torch
+from kalman_conversion import check_checkpoint, load_model, swap_attention
+from kalman_conversion.heal import layer_errors
+from kalman_conversion.verify import kept_weights_differ, verify
+from tiny_teachers import FAMILIES, teacher, tokens
+from transformers import AutoModelForCausalLM
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_swapping_no_layer_gives_the_same_bits(family):
+    source, ids = teacher(family), tokens(2, 20)
+    student = swap_attention(source, layers="none")
+    assert type(student).__name__ == "GKAForCausalLM"
+    assert torch.equal(student(ids).logits, source(ids).logits)
+    assert torch.equal(
+        student.generate(ids, max_new_tokens=5, do_sample=False),
+        source.generate(ids, max_new_tokens=5, do_sample=False),
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_swapped_model_keeps_every_other_weight_and_survives_saving(family, tmp_path):
+    source, ids = teacher(family), tokens(2, 20)
+    student = swap_attention(source, layers=[0, 2])
+    assert kept_weights_differ(student, source) == []
+    for index in (0, 2):
+        mixer, attention = student.model.layers[index].mixer, source.model.layers[index].self_attn
+        for name, parameter in attention.named_parameters():
+            if "norm" not in name:
+                assert torch.equal(mixer.get_parameter(name), parameter), name
+    student.save_pretrained(tmp_path)
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert torch.equal(loaded(ids).logits, student(ids).logits)
+
+
+def test_from_a_folder_and_again_from_the_result(tmp_path):
+    teacher().save_pretrained(tmp_path / "source", max_shard_size="20KB")
+    first = swap_attention(tmp_path / "source", layers=[1])
+    first.save_pretrained(tmp_path / "first")
+    second = swap_attention(tmp_path / "first", layers=[3])
+    assert second.config.layer_types == ["full_attention", "linear_attention"] * 2
+    mixers = (m.model.layers[1].mixer.state_dict() for m in (first, second))
+    assert all(torch.equal(a, b) for a, b in zip(*(m.values() for m in mixers), strict=True))
+
+
+def test_weights_are_copied_unless_shared():
+    source = teacher()
+    copied, shared = (swap_attention(source, layers=[1], share_weights=s) for s in (False, True))
+    name = "model.layers.0.mlp.up_proj.weight"
+    pointer = source.get_parameter(name).data_ptr()
+    assert copied.get_parameter(name).data_ptr() != pointer
+    assert shared.get_parameter(name).data_ptr() == pointer
+
+
+def test_bfloat16_source_keeps_its_dtype_and_wide_decays():
+    student = swap_attention(teacher().bfloat16(), layers=[1])
+    wide = {n.rsplit(".", 1)[-1] for n, p in student.named_parameters() if p.dtype == torch.float32}
+    assert wide == {"A_log", "dt_bias"}
+
+
+def test_both_initialisations():
+    source = teacher()
+    identity, reference = (
+        swap_attention(source, layers=[1], initialisation=i).model.layers[1].mixer for i in ("identity", "reference")
+    )
+    x = torch.randn(1, 9, 32)
+    keys = identity.k_proj(x)
+    torch.testing.assert_close(identity.k_conv1d(keys, None, None, "auto")[0], keys)
+    assert not torch.allclose(reference.k_conv1d(keys, None, None, "auto")[0], keys)
+    lives = torch.log(torch.tensor(0.5)) / identity._log_decay(x)[0][0, 0]
+    torch.testing.assert_close(lives, torch.logspace(2, 12, 4, base=2.0), rtol=1e-4, atol=0)
+    # The gate starts at (W_o^T + repeat(W_v)) / 2 in both.
+    attention = source.model.layers[1].self_attn
+    value = attention.v_proj.weight.view(2, 8, 32).repeat_interleave(2, 0).flatten(0, 1)
+    for mixer in (identity, reference):
+        torch.testing.assert_close(mixer.g_proj.weight, 0.5 * (attention.o_proj.weight.T + value))
+
+
+def test_the_same_seed_gives_the_same_model():
+    source = teacher()
+    a, b, c = (swap_attention(source, layers=[1], seed=s).state_dict() for s in (0, 0, 1))
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    assert any(not torch.equal(a[n], c[n]) for n in a)
+
+
+def test_verify():
+    source = teacher()
+    student = swap_attention(source, layers=[1, 3])
+    result = verify(student, source, tokens(3, 20), context=100)
+    assert result["swapped_layers"] == [1, 3] and result["changed_weights"] == []
+    assert result["cache_bytes"]["model"] < result["cache_bytes"]["teacher"] == 4 * 2 * 2 * 8 * 100 * 4
+    with torch.no_grad():
+        student.model.embed_tokens.weight[5] += 1
+    assert "model.embed_tokens.weight" in verify(student, source, tokens(1, 9))["changed_weights"]
+    assert set(layer_errors(student, source, tokens(2, 9))) == {1, 3}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"linear_num_query_heads": 2}, "layer 1 has a q_proj of shape"),
+        ({"linear_value_head_dim": 16}, "layer 1 has a v_proj of shape"),
+        ({"initialisation": "zeros"}, "`initialisation` must be"),
+        ({"layers": [9]}, "indices from 0 to 3"),
+    ],
+)
+def test_refuses(fields, message):
+    with pytest.raises(ValueError, match=message):
+        swap_attention(teacher(), **{"layers": [1], **fields})
+
+
+def test_a_bias_that_only_one_layer_has_is_refused_by_name():
+    source = teacher()
+    attention = source.model.layers[2].self_attn
+    attention.k_proj.bias = torch.nn.Parameter(torch.zeros(16))
+    with pytest.raises(ValueError, match="layer 2 has a bias in k_proj.*leave layer 2 out"):
+        swap_attention(source, layers=[1, 2])
+
+
+def test_missing_and_damaged_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+        check_checkpoint(tmp_path)
+    source = teacher()
+    source.save_pretrained(tmp_path, max_shard_size="20KB")
+    check_checkpoint(tmp_path)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    name = sorted(set(index["weight_map"].values()))[1]
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=f"{name}.*is damaged"):
+        swap_attention(tmp_path, layers=[1])
+    (tmp_path / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"lacks the weight file '{name}'"):
+        load_model(tmp_path)
