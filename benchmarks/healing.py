@@ -6,6 +6,9 @@ import tempfile
 from pathlib import Path
 
 import torch
+from record import RESULTS, environment, write
+from transformers import AutoTokenizer
+
 from kalman_conversion import (
     heal_layerwise,
     heal_rls,
@@ -17,8 +20,6 @@ from kalman_conversion import (
     token_windows,
 )
 from kalman_conversion.taps import zeroed_attention
-from record import RESULTS, environment, write
-from transformers import AutoTokenizer
 
 MIXER = {"solver": "cg", "solver_iterations": 20, "use_local_values": True}
 
@@ -32,7 +33,7 @@ def main():
     parser.add_argument("--criterion", default="greedy")
     parser.add_argument("--counts", type=int, nargs="+", default=[6, 10, 15])
     parser.add_argument("--rls-windows", type=int, nargs="+", default=[16, 64])
-    parser.add_argument("--windows", type=int, nargs="+", default=[32, 112], help="of layerwise healing, from rls 16")
+    parser.add_argument("--windows", type=int, nargs="+", default=[32, 112], help="of layerwise healing, after rls on 16")
     parser.add_argument("--test-windows", type=int, default=16)
     parser.add_argument("--ablations", action="store_true", help="initialisations and mixer options at the first count")
     parser.add_argument("--name", default="healing")

@@ -15,6 +15,9 @@ import time
 from pathlib import Path
 
 import torch
+from record import RESULTS, environment, write
+from transformers import AutoTokenizer
+
 from kalman_conversion import (
     heal_rls,
     layer_errors,
@@ -25,8 +28,6 @@ from kalman_conversion import (
     token_windows,
 )
 from kalman_conversion.taps import zeroed_attention
-from record import RESULTS, environment, write
-from transformers import AutoTokenizer
 
 
 @contextlib.contextmanager

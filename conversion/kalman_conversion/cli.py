@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 import yaml
-from hf_kalman.cache import cache_bytes
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+
+from hf_kalman.cache import cache_bytes
 
 from .files import check_output, new_folder
 from .heal import PRIOR_TOKENS, check_pair, heal_layerwise, heal_rls, layer_errors

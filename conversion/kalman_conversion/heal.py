@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from hf_kalman import GKAForCausalLM
-from hf_kalman.gka.modeling_gka import GKAMixer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+from hf_kalman import GKAForCausalLM
+from hf_kalman.gka.modeling_gka import GKAMixer
 
 from .rls import RecursiveLeastSquares
 from .taps import AttentionTaps
@@ -132,7 +133,7 @@ def layer_errors(student: PreTrainedModel, teacher: PreTrainedModel, windows: Te
     """
     layers = check_pair(student, teacher)
     mixers, taps = _mixers(student, layers), AttentionTaps(teacher, layers)
-    error, power, total = ({index: 0.0 for index in layers} for _ in range(3))
+    error, power, total = (dict.fromkeys(layers, 0.0) for _ in range(3))
     for window in windows:
         for index, (hidden, target) in taps.read(window[None].to(teacher.device)).items():
             error[index] += (mixers[index](hidden) - target).double().square().sum().item()

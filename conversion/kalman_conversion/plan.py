@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from hf_kalman import GKAConfig
 from transformers import PreTrainedConfig
+
+from hf_kalman import GKAConfig
 
 __all__ = ["FAMILIES", "MIXERS", "ConversionPlan", "plan_conversion", "resolve_layers"]
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from hf_kalman import GKAForCausalLM
-from hf_kalman.gka.modeling_gka import GKAMixer, ShortConvolution
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from hf_kalman import GKAForCausalLM
+from hf_kalman.gka.modeling_gka import GKAMixer, ShortConvolution
 
 from .plan import ConversionPlan, plan_conversion
 

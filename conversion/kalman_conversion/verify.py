@@ -6,17 +6,18 @@ import math
 from typing import Any
 
 import torch
-from hf_kalman.cache import cache_bytes
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
+
+from hf_kalman.cache import cache_bytes
 
 __all__ = ["kept_weights_differ", "perplexity", "verify"]
 
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, windows: Tensor, progress: bool = False) -> float:
-    """exp of the mean next-token loss inside windows, each read on its own.
+    """Exp of the mean next-token loss inside windows, each read on its own.
 
     Args:
         model: a causal LM.

@@ -4,6 +4,7 @@ import importlib.metadata
 import sys
 
 import torch
+
 from kalman_kernels import conv, gka
 from kalman_kernels.dispatch import choose
 

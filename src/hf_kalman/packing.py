@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from kalman_kernels import Segments
 from torch import Tensor
+
+from kalman_kernels import Segments
 
 __all__ = ["build_segments"]
 

@@ -4,10 +4,11 @@ import sys
 
 import pytest
 import torch
-from kalman_conversion import cli
-from kalman_conversion.heal import heal_layerwise
 from tiny_teachers import teacher
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kalman_conversion import cli
+from kalman_conversion.heal import heal_layerwise
 
 SWAP = [
     "--layers",

@@ -2,6 +2,9 @@ import copy
 
 import pytest
 import torch
+from tiny_teachers import teacher, tokens
+from transformers import TrainerCallback
+
 from kalman_conversion import swap_attention
 from kalman_conversion.heal import (
     LayerwiseDistillation,
@@ -13,8 +16,6 @@ from kalman_conversion.heal import (
 )
 from kalman_conversion.rls import RecursiveLeastSquares
 from kalman_conversion.taps import AttentionTaps, zeroed_attention
-from tiny_teachers import teacher, tokens
-from transformers import TrainerCallback
 
 MIXER = {"solver": "cg", "solver_iterations": 12, "use_local_values": True}
 QUIET = {"progress": False}

@@ -1,7 +1,8 @@
 import pytest
-from kalman_conversion import plan_conversion, resolve_layers
 from tiny_teachers import FAMILIES, teacher
 from transformers import GPT2Config
+
+from kalman_conversion import plan_conversion, resolve_layers
 
 FULL = ["full_attention"] * 6
 

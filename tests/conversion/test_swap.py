@@ -2,11 +2,12 @@ import json
 
 import pytest
 import torch
+from tiny_teachers import FAMILIES, teacher, tokens
+from transformers import AutoModelForCausalLM
+
 from kalman_conversion import check_checkpoint, load_model, swap_attention
 from kalman_conversion.heal import layer_errors
 from kalman_conversion.verify import kept_weights_differ, verify
-from tiny_teachers import FAMILIES, teacher, tokens
-from transformers import AutoModelForCausalLM
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -5,10 +5,11 @@ import stat
 
 import pytest
 import torch
+from tiny_tokenizer import tokenizer
+
 from kalman_conversion import read_documents, token_windows
 from kalman_conversion.files import check_output, new_folder
 from kalman_conversion.recipe import load_recipe
-from tiny_tokenizer import tokenizer
 
 
 def test_documents_of_every_kind_of_file(tmp_path):

@@ -1,9 +1,10 @@
 import pytest
 import torch
-from hf_kalman import KalmanCacheLayer
-from hf_kalman.cache import cache_bytes
 from tiny import HYBRID, OPENING, PURE, tiny_config, tiny_model, tokens
 from transformers import DynamicCache
+
+from hf_kalman import KalmanCacheLayer
+from hf_kalman.cache import cache_bytes
 
 
 def filled(layer_types=HYBRID, length=9, **fields):

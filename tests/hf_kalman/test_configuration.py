@@ -1,7 +1,8 @@
 import pytest
-from hf_kalman import GKAConfig
 from tiny import tiny_config
 from transformers import AutoConfig
+
+from hf_kalman import GKAConfig
 
 
 def test_for_model_needs_only_sizes():

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_kalman.gka.hybrid_qwen3 import HybridQwen3Config
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+
+from hf_kalman.gka.hybrid_qwen3 import HybridQwen3Config
 
 DATA = Path(__file__).parents[1] / "data" / "awslabs_gka"
 

@@ -1,7 +1,5 @@
 import pytest
 import torch
-from hf_kalman import GKAForCausalLM, GKAModel
-from hf_kalman.gka.modeling_gka import GKAMixer
 from tiny import HYBRID, PURE, SHAPES, tiny_config, tiny_model, tokens
 from torch.nn import functional as F
 from transformers import (
@@ -11,6 +9,9 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
+
+from hf_kalman import GKAForCausalLM, GKAModel
+from hf_kalman.gka.modeling_gka import GKAMixer
 
 VARIANTS = [
     {},

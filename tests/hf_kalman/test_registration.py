@@ -1,12 +1,13 @@
 import subprocess
 import sys
 
-import hf_kalman
 import pytest
 import torch
-from hf_kalman.registration import register
 from tiny import HYBRID, tiny_model, tokens
 from transformers import AutoModelForCausalLM
+
+import hf_kalman
+from hf_kalman.registration import register
 
 
 def test_registering_twice_changes_nothing():

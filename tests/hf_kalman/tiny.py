@@ -1,6 +1,7 @@
 """Small models of every shape that the package supports."""
 
 import torch
+
 from hf_kalman import GKAConfig, GKAForCausalLM
 
 PURE = ["linear_attention"] * 2

@@ -1,6 +1,7 @@
 """Random problems, and two oracles that share no recursion with the operator."""
 
 import torch
+
 from kalman_kernels import GKASolver, GKAState, Segments, gated_kalmanet
 
 NAMES = (

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from kalman_kernels import Segments, causal_conv
 from kalman_kernels.conv import causal_conv_reference
 

@@ -11,10 +11,11 @@ from gka_inputs import (
     make_segments,
     relative_error,
 )
-from kalman_kernels import GKASolver, GKAState, Segments, gated_kalmanet
-from kalman_kernels.gka import chunked
 from sklearn.linear_model import Ridge
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from kalman_kernels import GKASolver, GKAState, Segments, gated_kalmanet
+from kalman_kernels.gka import chunked
 
 LENGTHS = (1, 5, 63, 64, 65, 130)
 KINDS = ("plain", "packed", "padded", "packed+padded")

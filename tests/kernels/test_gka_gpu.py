@@ -3,6 +3,7 @@
 import pytest
 import torch
 from gka_inputs import EXACT, NAMES, call, gradients, make_cotangents, make_inputs, make_segments, relative_error
+
 from kalman_kernels import GKASolver, Segments
 
 pytestmark = pytest.mark.gpu

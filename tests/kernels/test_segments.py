@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from kalman_kernels import Segments
 
 

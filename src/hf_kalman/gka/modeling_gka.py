@@ -3,7 +3,6 @@
 import math
 
 import torch
-from kalman_kernels import GKASolver, GKAState, Segments, causal_conv, gated_kalmanet
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
@@ -20,6 +19,8 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
+
+from kalman_kernels import GKASolver, GKAState, Segments, causal_conv, gated_kalmanet
 
 from ..cache import swap_cache_layers
 from ..decoder import DecoderAttention, DecoderLayer, build_decoder, run_decoder
@@ -72,7 +73,7 @@ def widen(tensor: Tensor) -> Tensor:
 
 
 def unit_norm(vector: Tensor) -> Tensor:
-    """x / (||x|| + 1e-6) over the last axis, computed in at least float32."""
+    """X / (||x|| + 1e-6) over the last axis, computed in at least float32."""
     wide = widen(vector)
     return (wide / (torch.linalg.vector_norm(wide, dim=-1, keepdim=True) + EPSILON)).to(vector.dtype)
 

@@ -361,7 +361,7 @@ def _arriving(added: Tensor, decay: _Decay, state: Tensor) -> tuple[Tensor, Tens
 
 
 def _decay_gradient(decay: _Decay, row: Tensor, end: Tensor) -> Tensor:
-    """eq. 19: sums of `row` (B, H, n, C) over the rest of the chunk, plus what arrives at its end, `end` (B, H, n)."""
+    """Eq. 19: sums of `row` (B, H, n, C) over the rest of the chunk, plus what arrives at its end, `end` (B, H, n)."""
     rest = decay.reaches.transpose(-1, -2).to(row.dtype)
     return (rest @ row[..., None])[..., 0] + decay.reaches[..., -1, :] * end[..., None]
 
