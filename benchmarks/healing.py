@@ -21,7 +21,7 @@ from kalman_conversion import (
 )
 from kalman_conversion.taps import zeroed_attention
 
-MIXER = {"solver": "cg", "solver_iterations": 20, "use_local_values": True}
+MIXER = {"solver": "cg", "solver_iterations": 20, "use_local_values": True, "key_activation": "identity"}
 
 
 def main():
@@ -33,7 +33,9 @@ def main():
     parser.add_argument("--criterion", default="greedy")
     parser.add_argument("--counts", type=int, nargs="+", default=[6, 10, 15])
     parser.add_argument("--rls-windows", type=int, nargs="+", default=[16, 64])
-    parser.add_argument("--windows", type=int, nargs="+", default=[32, 112], help="of layerwise healing, after rls on 16")
+    parser.add_argument(
+        "--windows", type=int, nargs="+", default=[32, 112], help="of layerwise healing, after rls on 16"
+    )
     parser.add_argument("--test-windows", type=int, default=16)
     parser.add_argument("--ablations", action="store_true", help="initialisations and mixer options at the first count")
     parser.add_argument("--name", default="healing")
@@ -104,8 +106,8 @@ def main():
         heal(count, sets[count], **base, name="ablation: reference initialisation", initialisation="reference")
         heal(count, sets[count], **base, name="ablation: no local values", use_local_values=False)
         heal(count, sets[count], **base, name="ablation: linear value path", value_activation="identity")
-        heal(count, sets[count], **base, name="ablation: linear keys", key_activation="identity")
-        reference_init = {"initialisation": "reference", "use_local_values": False}
+        heal(count, sets[count], **base, name="ablation: SiLU on queries and keys", key_activation="silu")
+        reference_init = {"initialisation": "reference", "use_local_values": False, "key_activation": "silu"}
         heal(count, sets[count], **base, name="ablation: reference layer and initialisation", **reference_init)
         heal(count, sets[count], 0, 0, "swapped, not healed, reference initialisation", **reference_init)
     write(

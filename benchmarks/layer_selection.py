@@ -61,8 +61,10 @@ def main():
     parser.add_argument("--selection-data", required=True, help="text for the criteria")
     parser.add_argument("--test-data", required=True, help="text for the final comparison of sets")
     parser.add_argument("--rls-windows", type=int, default=64)
-    parser.add_argument("--windows", type=int, default=8, help="windows of the selection and of the test text")
+    parser.add_argument("--windows", type=int, default=8, help="windows of the selection text")
+    parser.add_argument("--test-windows", type=int, default=16)
     parser.add_argument("--counts", type=int, nargs="+", default=[6, 10, 15])
+    parser.add_argument("--keep", type=int, nargs="*", default=[0, 1], help="layers that no criterion may choose")
     parser.add_argument("--greedy", type=int, default=15, help="layers that the greedy criterion may choose")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -72,9 +74,9 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(options.teacher)
     windows = token_windows(tokenizer, read_documents(options.data), 1024, options.rls_windows + 4)
     selection = token_windows(tokenizer, ["\n".join(read_documents(options.selection_data))], 1024, options.windows)
-    test = token_windows(tokenizer, ["\n".join(read_documents(options.test_data))], 1024, options.windows)
+    test = token_windows(tokenizer, ["\n".join(read_documents(options.test_data))], 1024, options.test_windows)
     count = teacher.config.num_hidden_layers
-    mixer = {"solver": "cg", "solver_iterations": 20, "use_local_values": True}
+    mixer = {"solver": "cg", "solver_iterations": 20, "use_local_values": True, "key_activation": "identity"}
     student = swap_attention(teacher, layers="all", share_weights=True, **mixer).eval()
     started = time.monotonic()
     heal_rls(student, teacher, windows[4:])
@@ -93,7 +95,8 @@ def main():
         i: {"zeroed": zeroed([i], selection), "error": errors[i], "healed": healed([i], selection)}
         for i in range(count)
     }
-    orders = {c: sorted(range(count), key=lambda i, c=c: single[i][c]) for c in ("zeroed", "error", "healed")}
+    free = [i for i in range(count) if i not in options.keep]
+    orders = {c: sorted(free, key=lambda i, c=c: single[i][c]) for c in ("zeroed", "error", "healed")}
     chosen, path = [], []
     # Only layers that are not hopeless alone are worth trying together.
     candidates = orders["healed"][: options.greedy + 5]
@@ -126,6 +129,8 @@ def main():
             "environment": environment(device),
             "rls_tokens": windows[4:].numel(),
             "rls_seconds_all_layers": round(seconds, 1),
+            "mixer": mixer,
+            "kept_layers": options.keep,
             "selection_tokens": selection.numel(),
             "test_tokens": test.numel(),
             "teacher": {"selection": perplexity(teacher, selection), "test": perplexity(teacher, test)},

@@ -19,20 +19,22 @@ def on_gpu(segments):
     ("solver", "dtype", "bound"),
     [
         (EXACT, torch.float64, 1e-9),
-        (GKASolver("cg", 48), torch.float32, 1e-5),
-        # 30 Chebyshev steps leave up to 3.2e-4 of x and 4e-4 of the gradients.
-        (GKASolver("chebyshev", 30), torch.float32, 1e-3),
+        # Float32 against float64 with the same steps, measured on a CPU: 2.5e-5 in the gradient of the input gate.
+        (GKASolver("cg", 48), torch.float32, 1e-4),
+        (GKASolver("chebyshev", 30), torch.float32, 1e-4),
     ],
 )
 def test_torch_path(length, kind, solver, dtype, bound):
     inputs = make_inputs(length, width=32, value_width=24)
     cotangents, segments = make_cotangents(inputs), make_segments(kind, 2, length)
-    exact = (call(inputs, segments=segments)[0], *gradients(inputs, cotangents, segments=segments))
+    implementation = "reference" if solver.method == "exact" else "torch"
+    options = {"solver": solver, "implementation": implementation, "segments": segments}
+    expected = (call(inputs, **options)[0], *gradients(inputs, cotangents, **options))
     there = [t.to("cuda", dtype) for t in inputs]
     options = {"solver": solver, "segments": on_gpu(segments)}
     outputs = call(there, **options)[0]
     fast = (outputs, *gradients(there, [c.to("cuda", dtype) for c in cotangents], **options))
-    errors = {n: relative_error(a.cpu(), b) for n, a, b in zip(("outputs", *NAMES), fast, exact, strict=True)}
+    errors = {n: relative_error(a.cpu(), b) for n, a, b in zip(("outputs", *NAMES), fast, expected, strict=True)}
     assert {n: e for n, e in errors.items() if not e <= bound} == {}
 
 
