@@ -15,6 +15,9 @@ class Collector:
     def pytest_runtest_logreport(self, report):
         if report.when == "call" or report.outcome != "passed":
             self.outcomes[report.nodeid] = {"outcome": report.outcome, "seconds": round(report.duration, 2)}
+            if report.outcome == "failed":
+                self.outcomes[report.nodeid]["message"] = report.longreprtext[-600:]
+                print(report.longreprtext[-600:])
 
 
 def main():

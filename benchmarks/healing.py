@@ -56,6 +56,15 @@ def main():
     }
     reference = perplexity(teacher, test)
     rows = []
+    header = {
+        "what": "SmolLM2-135M-Instruct (de-quantised Q4_1) with GKA layers; WikiText-2 test perplexity, 1,024-token "
+        "windows; healing text: Wikipedia articles that share no 8-gram with WikiText-2",
+        "environment": environment(device),
+        "teacher_perplexity": round(reference, 4),
+        "test_tokens": test.numel(),
+        "layer_sets": {str(c): sets[c] for c in options.counts},
+        "mixer": MIXER,
+    }
 
     def record(count, stage, tokens, seconds, student=None, value=None, **more):
         value = perplexity(student, test) if student is not None else value
@@ -74,6 +83,8 @@ def main():
             }
         )
         print(rows[-1], flush=True)
+        # After every row: an interrupted run keeps what it measured.
+        write(options.name, header | {"rows": rows}, options.output)
 
     def heal(count, layers, rls, train, name="layerwise", initialisation="identity", **fields):
         mixer = {**MIXER, **fields}
@@ -110,20 +121,6 @@ def main():
         reference_init = {"initialisation": "reference", "use_local_values": False, "key_activation": "silu"}
         heal(count, sets[count], **base, name="ablation: reference layer and initialisation", **reference_init)
         heal(count, sets[count], 0, 0, "swapped, not healed, reference initialisation", **reference_init)
-    write(
-        options.name,
-        {
-            "what": "SmolLM2-135M-Instruct (de-quantised Q4_1) with GKA layers; WikiText-2 test perplexity, 1,024-token "
-            "windows; healing text: Wikipedia articles that share no 8-gram with it",
-            "environment": environment(device),
-            "teacher_perplexity": round(reference, 4),
-            "test_tokens": test.numel(),
-            "layer_sets": {str(c): sets[c] for c in options.counts},
-            "mixer": MIXER,
-            "rows": rows,
-        },
-        options.output,
-    )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .reference import GKASolver, solve_ridge
+from .reference import CG_FLOOR, GKASolver, solve_ridge
 
 __all__ = ["Inputs", "block_count", "gka_chunked_backward", "gka_chunked_forward", "gka_step"]
 
@@ -195,17 +195,19 @@ class _Ridge:
 
     def _cg(self, right: Tensor) -> Tensor:
         x, residual, direction = torch.zeros_like(right), right.clone(), right.clone()
-        # An empty state (norm 0) and a solved row have curvature 0 and stay where they are; where the curvature
-        # underflows, so does the direction.
         rr = residual.square().sum(-1, keepdim=True)
+        # A row stops where its residual is rounding noise: what follows would only stir that noise. An empty state
+        # (curvature 0) never starts.
+        done = CG_FLOOR * torch.finfo(rr.dtype).eps ** 2 * rr
         for _ in range(self.solver.iterations):
             image = self.product(direction)
             curvature = (direction * image).sum(-1, keepdim=True)
-            step = torch.where(curvature > 0, rr / curvature, 0)
+            active = (rr > done) & (curvature > 0)
+            step = torch.where(active, rr / curvature, 0)
             x.addcmul_(direction, step)
             residual.addcmul_(image, step, value=-1)
             following = residual.square().sum(-1, keepdim=True)
-            direction = torch.addcmul(residual, direction, torch.where(rr > 0, following / rr, 0))
+            direction = torch.addcmul(residual, direction, torch.where(active, following / rr, 0))
             rr = following
         return x
 

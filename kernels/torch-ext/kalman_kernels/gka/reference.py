@@ -9,7 +9,10 @@ from torch import Tensor
 
 from ..segments import Segments
 
-__all__ = ["GKASolver", "GKAState", "gated_kalmanet_reference", "solve_ridge"]
+__all__ = ["CG_FLOOR", "GKASolver", "GKAState", "gated_kalmanet_reference", "solve_ridge"]
+
+# Conjugate gradients stop for a row whose squared residual is this many squared machine epsilons of the right side's.
+CG_FLOOR = 0.01
 
 
 class GKAState(NamedTuple):
@@ -85,14 +88,15 @@ def solve_ridge(gram: Tensor, query: Tensor, norm: Tensor, ridge: Tensor, solver
     else:
         x, residual, direction = torch.zeros_like(query), query, query
         rr = (residual * residual).sum(-1, keepdim=True)
+        done = CG_FLOOR * torch.finfo(rr.dtype).eps ** 2 * rr
         for _ in range(solver.iterations):
             image = product(direction)
             curvature = (direction * image).sum(-1, keepdim=True)
-            # A solved row has direction 0 and stays where it is.
-            step = torch.where(curvature > 0, rr / torch.where(curvature > 0, curvature, 1), 0)
+            active = (rr > done) & (curvature > 0)
+            step = torch.where(active, rr / torch.where(active, curvature, 1), 0)
             x, residual = x + step * direction, residual - step * image
             rr_next = (residual * residual).sum(-1, keepdim=True)
-            direction = residual + torch.where(rr > 0, rr_next / torch.where(rr > 0, rr, 1), 0) * direction
+            direction = residual + torch.where(active, rr_next / torch.where(active, rr, 1), 0) * direction
             rr = rr_next
     return torch.where(empty, 0, x)
 
