@@ -18,7 +18,7 @@ from hf_kalman.cache import cache_bytes
 
 from .files import check_output, new_folder
 from .heal import PRIOR_TOKENS, check_pair, heal_layerwise, heal_rls, layer_errors
-from .plan import MIXERS, plan_conversion
+from .plan import MIXERS, mixer_options, plan_conversion
 from .recipe import load_recipe
 from .swap import check_checkpoint, load_model, swap_attention
 from .text import read_documents, token_windows
@@ -133,6 +133,7 @@ def _swap(options: argparse.Namespace) -> int:
     if Path(options.model).exists():
         check_checkpoint(options.model)
     source = AutoConfig.from_pretrained(options.model)
+    fields = mixer_options(source, settings["initialisation"], fields)
     plan = plan_conversion(source, settings["mixer"], settings["layers"], **fields)
     check_output(options.output)
     before, after = (cache_bytes(c, 8192, torch.float32) for c in (source, plan.config))

@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedConfig
 
 from hf_kalman import GKAConfig
 
-__all__ = ["FAMILIES", "MIXERS", "ConversionPlan", "plan_conversion", "resolve_layers"]
+__all__ = [
+    "CONVERSION_MIXER",
+    "FAMILIES",
+    "MIXERS",
+    "ConversionPlan",
+    "mixer_options",
+    "plan_conversion",
+    "resolve_layers",
+]
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 MIXERS = ("gka",)
+# Mixer fields of a conversion where the caller says nothing: the variants that healed best, one at a time, in
+# benchmarks/results/healing.json. The published layer differs in all of them.
+CONVERSION_MIXER = {
+    "use_local_values": True,
+    "key_activation": "identity",
+    "value_activation": "identity",
+    "solver": "cg",
+    "solver_iterations": 20,
+}
 _CARRIED = (
     "vocab_size",
     "hidden_size",
@@ -77,6 +94,17 @@ def resolve_layers(layers: str | Sequence[int], source: Sequence[str]) -> tuple[
             )
         chosen.append(index)
     return tuple(sorted(chosen))
+
+
+def mixer_options(source: PreTrainedConfig, initialisation: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields of the mixers: those given, over `CONVERSION_MIXER`.
+
+    The "reference" initialisation belongs to the published layer, and a model that has mixers already keeps their
+    fields: both add nothing to what is given.
+    """
+    if initialisation == "reference" or source.model_type == GKAConfig.model_type:
+        return fields
+    return {**CONVERSION_MIXER, **fields}
 
 
 def plan_conversion(

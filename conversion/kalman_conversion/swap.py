@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from hf_kalman import GKAForCausalLM
 from hf_kalman.gka.modeling_gka import GKAMixer, ShortConvolution
 
-from .plan import ConversionPlan, plan_conversion
+from .plan import ConversionPlan, mixer_options, plan_conversion
 
 __all__ = ["check_checkpoint", "initialise_mixer", "load_model", "swap_attention"]
 
@@ -82,7 +82,8 @@ def swap_attention(
         share_weights: whether the result shares the tensors of `model` instead of copying them. Halves the memory of
             healing, where the shared weights are frozen; what changes one model then changes the other.
         seed: for the parameters that start at random.
-        mixer_fields: fields of `GKAConfig` for the mixers.
+        mixer_fields: fields of `GKAConfig` for the mixers; where nothing is said, `CONVERSION_MIXER` holds for the
+            "identity" initialisation and the published layer for the "reference" one.
 
     Raises:
         ValueError, FileNotFoundError: before any weight is touched, with the argument, its value and what works.
@@ -92,9 +93,10 @@ def swap_attention(
     if isinstance(model, (str, Path)):
         if Path(model).exists():
             check_checkpoint(model)
-        plan_conversion(AutoConfig.from_pretrained(model), mixer, layers, **mixer_fields)
+        source = AutoConfig.from_pretrained(model)
+        plan_conversion(source, mixer, layers, **mixer_options(source, initialisation, mixer_fields))
         model, share_weights = AutoModelForCausalLM.from_pretrained(model, dtype="auto"), True
-    plan = plan_conversion(model.config, mixer, layers, **mixer_fields)
+    plan = plan_conversion(model.config, mixer, layers, **mixer_options(model.config, initialisation, mixer_fields))
     source = model.state_dict()
     _check_biases(plan, source)
     with torch.device("meta"):

@@ -40,7 +40,7 @@ def test_swap_heal_verify(teacher_folder, text, tmp_path, capsys):
     assert swap(teacher_folder, tmp_path / "swapped") == 0
     assert heal(tmp_path / "swapped", teacher_folder, text, tmp_path / "healed") == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "healed")
-    assert [k for k in model.config.layer_types] == ["full_attention", "linear_attention"] * 2
+    assert list(model.config.layer_types) == ["full_attention", "linear_attention"] * 2
     batch = AutoTokenizer.from_pretrained(tmp_path / "healed")(["gain", "a prior"], padding=True, return_tensors="pt")
     assert model.generate(**batch, max_new_tokens=4, do_sample=False).shape[0] == 2
     record = json.loads((tmp_path / "healed" / "healing.json").read_text())
