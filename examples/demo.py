@@ -18,13 +18,13 @@ from transformers import AutoTokenizer
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from kalman_conversion import cli, load_model, perplexity, read_documents, token_windows  # noqa: E402
-from kalman_conversion.recipe import load_recipe  # noqa: E402
-from kalman_conversion.taps import zeroed_attention  # noqa: E402
 from record import environment, write  # noqa: E402
 from smollm2 import dequantised  # noqa: E402
 
 from hf_kalman.cache import cache_bytes  # noqa: E402
+from kalman_conversion import cli, load_model, perplexity, read_documents, token_windows  # noqa: E402
+from kalman_conversion.recipe import load_recipe  # noqa: E402
+from kalman_conversion.taps import zeroed_attention  # noqa: E402
 
 PROMPTS = ["The Kalman filter is", "In the middle of the nineteenth century, the city of London"]
 
@@ -136,8 +136,9 @@ def plot(result, path):
     rows = [row for row in evidence["rows"] if not row["stage"].startswith(("ablation", "swapped"))]
     counts = sorted({row["layers_swapped"] for row in rows})
     for stage in dict.fromkeys(row["stage"] for row in rows):
-        best = {n: min(r["perplexity"] for r in rows if r["layers_swapped"] == n and r["stage"] == stage) for n in counts}
-        left.plot(counts, list(best.values()), marker="o", label=stage)
+        mine = [row for row in rows if row["stage"] == stage]
+        best = [min(row["perplexity"] for row in mine if row["layers_swapped"] == n) for n in counts]
+        left.plot(counts, best, marker="o", label=stage)
     left.axhline(evidence["teacher_perplexity"], color="black", linestyle=":", label="teacher")
     mine = [result["perplexity"]["healed"] / result["perplexity"]["teacher"] * evidence["teacher_perplexity"]]
     left.plot([len(result["layer_errors"]["rls"])], mine, marker="*", markersize=12, linestyle="", label="this run")

@@ -1,6 +1,6 @@
 """Load a converted model and generate from several prompts in one padded batch.
 
-    python examples/generate.py FOLDER_OR_HUB_ID "first prompt" "a longer second prompt"
+python examples/generate.py FOLDER_OR_HUB_ID "first prompt" "a longer second prompt"
 """
 
 import argparse

@@ -143,7 +143,7 @@ def _swap(options: argparse.Namespace) -> int:
     if options.dry_run:
         _say("dry run: nothing written")
         return 0
-    model = swap_attention(options.model, **settings, **fields)
+    model = swap_attention(options.model, **settings, progress=True, **fields)
     record = {"model": str(options.model), **settings, "layers": list(plan.layers), "options": fields}
     _save(model, options.model, options.output, "conversion.json", record, options.max_shard_size)
     _say(f"written to {options.output}; heal it with `kalman-convert heal`")
@@ -226,8 +226,8 @@ def _check_work(work: Path, identity: dict[str, Any]) -> None:
     changed = sorted(name for name in identity if found.get(name) != identity[name])
     if changed:
         raise ValueError(
-            f"{str(work)!r} was left by a run with other settings ({', '.join(changed)}); repeat that run to finish it, "
-            "or remove the folder."
+            f"{str(work)!r} was left by a run with other settings ({', '.join(changed)}); repeat that run to finish "
+            "it, or remove the folder."
         )
 
 
@@ -241,7 +241,7 @@ def _verify(options: argparse.Namespace) -> int:
     student = load_model(options.model, torch.float32, options.device)
     teacher = load_model(options.teacher, torch.float32, options.device)
     check_pair(student, teacher)
-    result = verify(student, teacher, windows, options.context)
+    result = verify(student, teacher, windows, options.context, progress=True)
     _say(json.dumps(result, indent=2))
     return 0 if not result["changed_weights"] else 1
 

@@ -97,9 +97,9 @@ class Readout:
         self.widths = (mixer.o_proj.in_features, local, int(mixer.o_proj.bias is not None))
         self.features, self.outputs = sum(self.widths), mixer.o_proj.out_features
 
-    def parameters(self) -> list[nn.Parameter]:
+    def parameters(self) -> list[Tensor]:
         """The mixer's parameters that W is made of."""
-        weights = [self.mixer.o_proj.weight]
+        weights: list[Tensor] = [self.mixer.o_proj.weight]
         weights += [self.mixer.local_proj.weight] if self.widths[1] else []
         return weights + ([self.mixer.o_proj.bias] if self.widths[2] else [])
 
@@ -133,12 +133,13 @@ def layer_errors(student: PreTrainedModel, teacher: PreTrainedModel, windows: Te
     """
     layers = check_pair(student, teacher)
     mixers, taps = _mixers(student, layers), AttentionTaps(teacher, layers)
-    error, power, total = (dict.fromkeys(layers, 0.0) for _ in range(3))
+    error, power = (dict.fromkeys(layers, 0.0) for _ in range(2))
+    total = {index: torch.zeros(student.config.hidden_size, dtype=torch.float64) for index in layers}
     for window in windows:
         for index, (hidden, target) in taps.read(window[None].to(teacher.device)).items():
             error[index] += (mixers[index](hidden) - target).double().square().sum().item()
             power[index] += target.double().square().sum().item()
-            total[index] = total[index] + target.double().sum((0, 1))
+            total[index] += target.double().sum((0, 1)).cpu()
     return {i: error[i] / (power[i] - total[i].square().sum().item() / windows.numel()) for i in layers}
 
 
@@ -225,6 +226,9 @@ class LayerwiseDistillation(nn.Module):
         prior_tokens: weight of the prior of W, in tokens.
     """
 
+    tokens: Tensor
+    batches: Tensor
+
     def __init__(
         self,
         student: GKAForCausalLM,
@@ -235,8 +239,9 @@ class LayerwiseDistillation(nn.Module):
     ) -> None:
         super().__init__()
         layers = check_pair(student, teacher)
-        self.mixers = nn.ModuleDict({str(index): mixer for index, mixer in _mixers(student, layers).items()})
-        self.readouts = {index: Readout(mixer) for index, mixer in self.mixers.items()}
+        mixers = {str(index): mixer for index, mixer in _mixers(student, layers).items()}
+        self.mixers = nn.ModuleDict(mixers)
+        self.readouts = {index: Readout(mixer) for index, mixer in mixers.items()}
         self.prior_tokens, self.peak_forgetting, self.forgetting = prior_tokens, forgetting, 0.0
         for index in self.mixers:
             # Buffers, so that a checkpoint holds them and a resumed run is the same run.
@@ -288,6 +293,8 @@ class _FilterSchedule(TrainerCallback):
         self.model, self.peak = model, peak
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        if optimizer is None:
+            return
         rate = optimizer.param_groups[0]["lr"]
         self.model.forgetting = self.model.peak_forgetting * rate / self.peak
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedConfig
 
 from hf_kalman import GKAConfig
+
+from .recipe import load_recipe
 
 __all__ = [
     "CONVERSION_MIXER",
@@ -59,17 +62,20 @@ class ConversionPlan(NamedTuple):
     source_type: str
 
 
-def resolve_layers(layers: str | Sequence[int], source: Sequence[str]) -> tuple[int, ...]:
+def resolve_layers(layers: str | Path | Sequence[int], source: Sequence[str]) -> tuple[int, ...]:
     """Indices of the layers to swap.
 
     Args:
-        layers: "all", "half" (every second layer, the first one kept), "none", or indices (a list or "2,4,7").
+        layers: "all", "half" (every second layer, the first one kept), "none", indices (a list or "2,4,7"), or the path
+            of a recipe, whose layers are taken.
         source: the kind of every layer of the source model.
 
     Raises:
         ValueError: unknown word, an index out of range or twice, or a layer that is not softmax attention.
     """
     count = len(source)
+    if isinstance(layers, Path) or (isinstance(layers, str) and layers.endswith((".yaml", ".yml"))):
+        layers = load_recipe(layers).get("swap", {}).get("layers", "half")
     if isinstance(layers, str) and layers in ("all", "half", "none"):
         return {"all": tuple(range(count)), "half": tuple(range(1, count, 2)), "none": ()}[layers]
     if isinstance(layers, str):
@@ -110,7 +116,7 @@ def mixer_options(source: PreTrainedConfig, initialisation: str, fields: dict[st
 def plan_conversion(
     source: PreTrainedConfig,
     mixer: Literal["gka"] = "gka",
-    layers: str | Sequence[int] = "half",
+    layers: str | Path | Sequence[int] = "half",
     **mixer_fields,
 ) -> ConversionPlan:
     """Check a conversion of a model with configuration `source` and describe its result.

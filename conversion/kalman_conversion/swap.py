@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -10,6 +11,7 @@ from typing import Literal
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hf_kalman import GKAForCausalLM
@@ -54,17 +56,19 @@ def load_model(path: str | Path, dtype: torch.dtype | str = "auto", device: str 
     """`AutoModelForCausalLM.from_pretrained` behind a check of a local folder's files."""
     if Path(path).exists():
         check_checkpoint(path)
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    return model.to(torch.device(device))  # pyright: ignore[reportArgumentType]
 
 
 def swap_attention(
     model: PreTrainedModel | str | Path,
     mixer: Literal["gka"] = "gka",
-    layers: str | Sequence[int] = "half",
+    layers: str | Path | Sequence[int] = "half",
     *,
     initialisation: Literal["identity", "reference"] = "identity",
     share_weights: bool = False,
     seed: int = 0,
+    progress: bool = False,
     **mixer_fields,
 ) -> GKAForCausalLM:
     """A copy of a pretrained causal LM with some attention layers replaced by Gated KalmaNet.
@@ -77,11 +81,12 @@ def swap_attention(
     Args:
         model: a Llama, Mistral, Qwen2 or Qwen3 causal LM, an already converted one, or the path or Hub id of one.
         mixer: what replaces softmax attention.
-        layers: indices, "half", "all" or "none".
+        layers: indices, "half", "all", "none", or the path of a recipe, whose layers are taken.
         initialisation: see `initialise_mixer`.
         share_weights: whether the result shares the tensors of `model` instead of copying them. Halves the memory of
             healing, where the shared weights are frozen; what changes one model then changes the other.
         seed: for the parameters that start at random.
+        progress: whether to show a progress bar.
         mixer_fields: fields of `GKAConfig` for the mixers; where nothing is said, `CONVERSION_MIXER` holds for the
             "identity" initialisation and the published layer for the "reference" one.
 
@@ -108,7 +113,7 @@ def swap_attention(
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for index in plan.layers:
+        for index in tqdm(plan.layers, desc="swap", unit="layer", disable=not progress):
             attention = _submodule(source, f"model.layers.{index}.self_attn.")
             fresh = GKAMixer(plan.config, index)
             fresh.apply(GKAForCausalLM._init_weights.__get__(result))
@@ -190,8 +195,8 @@ def initialise_mixer(
             target.bias.copy_(wide[f"{name}.bias"])
     config = mixer.config
     if config.use_output_gate:
-        value = wide["v_proj.weight"].unflatten(0, (config.linear_num_value_heads, -1))
-        value = value.repeat_interleave(config.linear_num_heads // config.linear_num_value_heads, dim=0).flatten(0, 1)
+        value = wide["v_proj.weight"].unflatten(0, (-1, mixer.o_norm.weight.shape[0]))
+        value = value.repeat_interleave(config.linear_num_heads // value.shape[0], dim=0).flatten(0, 1)
         mixer.g_proj.weight.copy_(0.5 * (wide["o_proj.weight"].T + value))
     if config.use_local_values:
         nn.init.zeros_(mixer.local_proj.weight)
@@ -201,7 +206,8 @@ def initialise_mixer(
                 module.weight.zero_()[..., -1] = 1
         if config.use_decay:
             nn.init.zeros_(mixer.a_proj.weight)
-            lives = torch.logspace(*torch.tensor(HALF_LIVES).log2().tolist(), config.linear_num_heads, base=2.0)
+            first, last = (math.log2(life) for life in HALF_LIVES)
+            lives = torch.logspace(first, last, config.linear_num_heads, base=2.0)
             # log 2 / half-life = exp(A_log) * softplus(dt_bias), the step at its published middle.
             step = torch.full_like(lives, 0.01)
             mixer.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))

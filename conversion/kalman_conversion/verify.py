@@ -50,13 +50,23 @@ def kept_weights_differ(student: PreTrainedModel, teacher: PreTrainedModel) -> l
     ]
 
 
-def verify(student: PreTrainedModel, teacher: PreTrainedModel, windows: Tensor, context: int = 8192) -> dict[str, Any]:
-    """Kept weights, swapped layers, perplexity and cache of a converted model beside the model it was made from."""
+def verify(
+    student: PreTrainedModel, teacher: PreTrainedModel, windows: Tensor, context: int = 8192, progress: bool = False
+) -> dict[str, Any]:
+    """Kept weights, swapped layers, perplexity and cache of a converted model beside the model it was made from.
+
+    Args:
+        student: converted model.
+        teacher: the model it was made from.
+        windows: (N, T) tokens for the perplexities.
+        context: tokens for the cache sizes.
+        progress: whether to show progress bars.
+    """
     return {
         "swapped_layers": [i for i, kind in enumerate(student.config.layer_types) if kind == "linear_attention"],
         "changed_weights": kept_weights_differ(student, teacher),
         "tokens": windows.numel(),
-        "perplexity": {"model": perplexity(student, windows), "teacher": perplexity(teacher, windows)},
+        "perplexity": {n: perplexity(m, windows, progress) for n, m in (("model", student), ("teacher", teacher))},
         "context": context,
         "cache_bytes": {
             "model": cache_bytes(student.config, context, student.dtype),

@@ -21,7 +21,7 @@ _PUBLIC = {
     "KalmanCacheLayer": ".cache",
 }
 
-__all__ = ["__version__", *sorted(_PUBLIC)]
+__all__ = ["__version__", *sorted(_PUBLIC)]  # pyright: ignore[reportUnsupportedDunderAll]
 
 register()
 

@@ -1,5 +1,10 @@
 """The cache layer of recurrent mixers, inside the host's own `DynamicCache` and `StaticCache`."""
 
+# The host types submodules as `Tensor | Module`, derives optional fields after construction, and unpacks kwargs loosely.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportPrivateImportUsage=false, reportAssignmentType=false
+# pyright: reportOptionalSubscript=false, reportOptionalMemberAccess=false, reportOptionalOperand=false
+
 from __future__ import annotations
 
 import torch
@@ -95,8 +100,8 @@ class KalmanCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         """
         if tokens_to_remove != 0:
             raise NotImplementedError(
-                f"KalmanCacheLayer: `crop` cannot remove tokens from a recurrent state, got {tokens_to_remove}; run the "
-                "shorter sequence again with a new cache."
+                f"KalmanCacheLayer: `crop` cannot remove tokens from a recurrent state, got {tokens_to_remove}; run "
+                "the shorter sequence again with a new cache."
             )
 
     def reset(self) -> None:

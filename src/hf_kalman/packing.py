@@ -39,7 +39,7 @@ def build_segments(
         packed = Segments.from_segment_ids(seq_idx)
     elif position_ids is not None and position_ids.ndim == 2 and mask is None and fresh and length > 1:
         packed = Segments.from_position_ids(position_ids)
-        if not torch.compiler.is_compiling() and not bool(packed.reset.any()):
+        if packed.reset is not None and not torch.compiler.is_compiling() and not bool(packed.reset.any()):
             packed = None
     if mask is None:
         return packed

@@ -10,7 +10,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
-from transformers.utils import is_peft_available
+from transformers.utils.import_utils import is_peft_available
 
 from .gka.configuration_gka import GKAConfig
 from .gka.hybrid_qwen3 import (

@@ -14,6 +14,14 @@ def test_words_and_indices():
     assert resolve_layers("4, 1", FULL) == resolve_layers([4, 1], FULL) == (1, 4)
 
 
+def test_layers_of_a_recipe(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("swap: {layers: [2, 0]}")
+    assert resolve_layers(tmp_path / "recipe.yaml", FULL) == (0, 2)
+    assert resolve_layers(str(tmp_path / "recipe.yaml"), FULL) == (0, 2)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        resolve_layers("nowhere.yaml", FULL)
+
+
 @pytest.mark.parametrize(
     ("layers", "message"),
     [

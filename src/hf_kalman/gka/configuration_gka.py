@@ -1,5 +1,10 @@
 """Configuration of Gated KalmaNet models."""
 
+# The host types submodules as `Tensor | Module`, derives optional fields after construction, and unpacks kwargs loosely.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportPrivateImportUsage=false, reportAssignmentType=false
+# pyright: reportOptionalSubscript=false, reportOptionalMemberAccess=false, reportOptionalOperand=false
+
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
@@ -167,29 +172,8 @@ class GKAConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Cross-field rules; part of the `@strict` validation."""
-        if len(self.layer_types) != self.num_hidden_layers:
-            raise ValueError(
-                f"`layer_types` must name each of the num_hidden_layers={self.num_hidden_layers} layers, got "
-                f"{len(self.layer_types)} entries."
-            )
-        for index, kind in enumerate(self.layer_types):
-            if kind not in LAYER_TYPES:
-                raise ValueError(f"`layer_types[{index}]` must be one of {LAYER_TYPES}, got {kind!r}.")
-        if "sliding_attention" in self.layer_types and self.sliding_window is None:
-            raise ValueError(
-                "`sliding_window` must be set because `layer_types` has sliding_attention layers, got None."
-            )
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"`num_key_value_heads` must divide num_attention_heads={self.num_attention_heads}, got "
-                f"{self.num_key_value_heads}."
-            )
-        for field in ("linear_num_query_heads", "linear_num_key_heads", "linear_num_value_heads"):
-            if getattr(self, field) < 1 or self.linear_num_heads % getattr(self, field):
-                raise ValueError(
-                    f"`{field}` must divide the {self.linear_num_heads} heads of a GKA mixer (the largest of its query, "
-                    f"key and value heads), got {getattr(self, field)}."
-                )
+        self._validate_layers()
+        self._validate_heads()
         if self.linear_conv_kernel_dim < 1:
             raise ValueError(f"`linear_conv_kernel_dim` must be >= 1, got {self.linear_conv_kernel_dim}.")
         if self.solver_iterations < 0:
@@ -200,3 +184,28 @@ class GKAConfig(PreTrainedConfig):
             raise ValueError(f"`linear_kv_rank` must be >= 1 or None, got {self.linear_kv_rank}.")
         if self.linear_kv_residual and self.linear_kv_rank is None:
             raise ValueError("`linear_kv_residual` needs `linear_kv_rank`, got linear_kv_rank=None.")
+
+    def _validate_layers(self):
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"`layer_types` must name each of the num_hidden_layers={self.num_hidden_layers} layers, got "
+                f"{len(self.layer_types)} entries."
+            )
+        for index, kind in enumerate(self.layer_types):
+            if kind not in LAYER_TYPES:
+                raise ValueError(f"`layer_types[{index}]` must be one of {LAYER_TYPES}, got {kind!r}.")
+        if "sliding_attention" in self.layer_types and self.sliding_window is None:
+            raise ValueError("`sliding_window` must be set for the sliding_attention of `layer_types`, got None.")
+
+    def _validate_heads(self):
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"`num_key_value_heads` must divide num_attention_heads={self.num_attention_heads}, got "
+                f"{self.num_key_value_heads}."
+            )
+        for field in ("linear_num_query_heads", "linear_num_key_heads", "linear_num_value_heads"):
+            if getattr(self, field) < 1 or self.linear_num_heads % getattr(self, field):
+                raise ValueError(
+                    f"`{field}` must divide the {self.linear_num_heads} heads of a GKA mixer (the largest of its "
+                    f"query, key and value heads), got {getattr(self, field)}."
+                )

@@ -1,5 +1,10 @@
 """Gated KalmaNet models (arXiv 2511.21016), pure and hybrid."""
 
+# The host types submodules as `Tensor | Module`, derives optional fields after construction, and unpacks kwargs loosely.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportPrivateImportUsage=false, reportAssignmentType=false
+# pyright: reportOptionalSubscript=false, reportOptionalMemberAccess=false, reportOptionalOperand=false
+
 import math
 
 import torch
@@ -99,7 +104,8 @@ class GKAMixer(nn.Module):
     """Gated KalmaNet layer: project, convolve, gate, solve the ridge regression, read out.
 
     q, k, v = unit(SiLU(conv(W h))), unit(SiLU(conv(W h))), act(conv(W h))
-    beta = sigmoid(W_b h + b_b)    alpha = sigmoid(W_alpha h + b_alpha)    log_decay = -exp(A_log) softplus(W_a h + dt_bias)
+    beta = sigmoid(W_b h + b_b)    alpha = sigmoid(W_alpha h + b_alpha)
+    log_decay = -exp(A_log) softplus(W_a h + dt_bias)
     o = gated_kalmanet(q, k, v, log_decay, alpha, input_gate=beta)
     out = W_o (RMSNorm(o) * SiLU(W_g h)) [+ W_local (the last K values)]
                                                     [arXiv 2511.21016, section 4; papers' alpha is `solution_mix`]
@@ -128,20 +134,25 @@ class GKAMixer(nn.Module):
             self.alpha_proj = nn.Linear(width, heads, bias=True)
         if config.use_output_gate:
             self.g_proj = nn.Linear(width, heads * value_dim, bias=False)
-        self.expand_key = config.linear_kv_rank is not None and heads > config.linear_num_key_heads
-        self.expand_value = config.linear_kv_rank is not None and heads > config.linear_num_value_heads
-        if self.expand_key:
-            self.proj_k = LowRankLinear(self.k_proj.out_features, config.linear_kv_rank, heads * key_dim)
-        if self.expand_value:
-            self.proj_v = LowRankLinear(self.v_proj.out_features, config.linear_kv_rank, heads * value_dim)
-        if self.expand_key and config.linear_kv_residual:
-            self.k_rep = nn.Parameter(torch.zeros(heads, config.linear_num_key_heads))
-        if self.expand_value and config.linear_kv_residual:
-            self.v_rep = nn.Parameter(torch.zeros(heads, config.linear_num_value_heads))
+        self._add_expansion(config)
         self.o_norm = GatedRMSNorm(value_dim, config.rms_norm_eps)
         self.o_proj = nn.Linear(heads * value_dim, width, bias=config.attention_output_bias)
         if config.use_local_values:
             self.local_proj = nn.Linear(config.linear_conv_kernel_dim * self.v_proj.out_features, width, bias=False)
+
+    def _add_expansion(self, config: GKAConfig) -> None:
+        """Learned expansion of key and value heads to all heads, where the configuration asks for one."""
+        heads, rank = config.linear_num_heads, config.linear_kv_rank
+        self.expand_key = rank is not None and heads > config.linear_num_key_heads
+        self.expand_value = rank is not None and heads > config.linear_num_value_heads
+        if self.expand_key:
+            self.proj_k = LowRankLinear(self.k_proj.out_features, rank, heads * config.linear_key_head_dim)
+        if self.expand_value:
+            self.proj_v = LowRankLinear(self.v_proj.out_features, rank, heads * config.linear_value_head_dim)
+        if self.expand_key and config.linear_kv_residual:
+            self.k_rep = nn.Parameter(torch.zeros(heads, config.linear_num_key_heads))
+        if self.expand_value and config.linear_kv_residual:
+            self.v_rep = nn.Parameter(torch.zeros(heads, config.linear_num_value_heads))
 
     @property
     def solver(self) -> GKASolver:

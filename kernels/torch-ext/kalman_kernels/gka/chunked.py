@@ -244,9 +244,11 @@ def gka_chunked_forward(
         outputs.append(_unchunk(scale * (read + inside @ block.value), stop - start))
         if keep:
             solutions.append(_unchunk(solution, stop - start))
-    empty = gram.new_empty(0)
-    saved = (torch.cat(solutions, 1), torch.stack(grams), torch.stack(value_keys)) if keep else (empty,) * 3
-    return torch.cat(outputs, dim=1), gram.clone(), value_key.clone(), *(s.clone() if not keep else s for s in saved)
+    # An operator may not return its inputs.
+    gram, value_key, output = gram.clone(), value_key.clone(), torch.cat(outputs, dim=1)
+    if not keep:
+        return output, gram, value_key, gram.new_empty(0), gram.new_empty(0), gram.new_empty(0)
+    return output, gram, value_key, torch.cat(solutions, dim=1), torch.stack(grams), torch.stack(value_keys)
 
 
 def _unchunk(tensor: Tensor, length: int) -> Tensor:

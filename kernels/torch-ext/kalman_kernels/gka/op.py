@@ -72,7 +72,7 @@ def gated_kalmanet(
         segments.check(_NAME, batch, length)
     choice = choose(_NAME, implementation, IMPLEMENTATIONS, query.device)
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    scale = width**-0.5 if scale is None else scale
+    factor = width**-0.5 if scale is None else scale
     zeros = torch.zeros(batch, length, heads, dtype=dtype, device=query.device)
 
     def gate(tensor: Tensor | None, default: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ def gated_kalmanet(
             key_log_decay=inputs.key_log_decay,
             input_gate=inputs.input_gate,
             solver=solver,
-            scale=scale,
+            scale=factor,
             initial_state=GKAState(gram, value_key),
             segments=segments,
         )
@@ -110,7 +110,7 @@ def gated_kalmanet(
 
     if segments is not None and segments.valid is not None:
         inputs = _neutral(inputs, segments.valid.expand(batch, length))
-    outputs, gram, value_key = _run(inputs, gram, value_key, solver, scale)
+    outputs, gram, value_key = _run(inputs, gram, value_key, solver, factor)
     return outputs.to(query.dtype), GKAState(gram, value_key)
 
 
@@ -261,9 +261,9 @@ def _backward(
     inputs = Inputs(query, key, value, log_decay, key_log_decay, solution_mix, input_gate, numbers)
     solver = _solver(method, iterations, ridge_ratio, ridge_gradient)
     with torch.autocast(query.device.type, enabled=False):
-        return gka_chunked_backward(
-            inputs, (solutions, grams, value_keys), d_outputs, d_gram, d_value_key, gram, solver, scale
-        )
+        saved = (solutions, grams, value_keys)
+        gradients = gka_chunked_backward(inputs, saved, d_outputs, d_gram, d_value_key, gram, solver, scale)
+        return gradients  # pyright: ignore[reportReturnType] - nine tensors
 
 
 def _solver(method: str, iterations: int, ridge_ratio: float, ridge_gradient: bool) -> GKASolver:

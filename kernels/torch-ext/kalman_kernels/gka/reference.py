@@ -123,7 +123,7 @@ def gated_kalmanet_reference(
     key_log_decay = log_decay if key_log_decay is None else key_log_decay
     solution_mix = ones if solution_mix is None else solution_mix
     input_gate = ones if input_gate is None else input_gate
-    scale = width**-0.5 if scale is None else scale
+    factor = width**-0.5 if scale is None else scale
     segments = segments or Segments()
     key = key.repeat_interleave(heads // key.shape[2], dim=2) * input_gate[..., None]
     value = value.repeat_interleave(heads // value.shape[2], dim=2) * input_gate[..., None]
@@ -154,6 +154,6 @@ def gated_kalmanet_reference(
             exact = solve_ridge(gram, q, norm, ridge, solver._replace(method="exact"))
             x = exact + (x - exact).detach()
         mixed = q + solution_mix[:, t, :, None] * (x - q)
-        y = scale * (value_key @ mixed[..., None])[..., 0]
+        y = factor * (value_key @ mixed[..., None])[..., 0]
         out.append(y if token is None else torch.where(token[..., 0], y, 0))
     return torch.stack(out, dim=1), GKAState(gram, value_key)
