@@ -32,6 +32,7 @@ def peak():
 
 def measure(case):
     import torch
+
     from kalman_kernels import GKASolver, gated_kalmanet
     from kalman_kernels.gka import chunked
 

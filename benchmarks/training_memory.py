@@ -8,9 +8,10 @@ import resource
 from pathlib import Path
 
 import torch
-from kalman_conversion import swap_attention
 from record import RESULTS, environment, timed, write
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from kalman_conversion import swap_attention
 
 SMOLLM2 = {
     "vocab_size": 49152,

@@ -74,19 +74,8 @@ def resolve_layers(layers: str | Path | Sequence[int], source: Sequence[str]) ->
         ValueError: unknown word, an index out of range or twice, or a layer that is not softmax attention.
     """
     count = len(source)
-    if isinstance(layers, Path) or (isinstance(layers, str) and layers.endswith((".yaml", ".yml"))):
-        layers = load_recipe(layers).get("swap", {}).get("layers", "half")
-    if isinstance(layers, str) and layers in ("all", "half", "none"):
-        return {"all": tuple(range(count)), "half": tuple(range(1, count, 2)), "none": ()}[layers]
-    if isinstance(layers, str):
-        try:
-            layers = [int(part) for part in layers.split(",")]
-        except ValueError:
-            raise ValueError(
-                f"swap_attention: `layers` must be 'all', 'half', 'none' or indices like '2,4,7', got {layers!r}."
-            ) from None
     chosen = []
-    for index in layers:
+    for index in _indices(layers, count):
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < count:
             raise ValueError(
                 f"swap_attention: `layers` must hold indices from 0 to {count - 1} of the {count}-layer model, got "
@@ -100,6 +89,23 @@ def resolve_layers(layers: str | Path | Sequence[int], source: Sequence[str]) ->
             )
         chosen.append(index)
     return tuple(sorted(chosen))
+
+
+def _indices(layers: str | Path | Sequence[int], count: int) -> Sequence[int]:
+    """The words, recipes and lists that `resolve_layers` knows, as indices that are not checked yet."""
+    if isinstance(layers, Path) or (isinstance(layers, str) and layers.endswith((".yaml", ".yml"))):
+        layers = load_recipe(layers).get("swap", {}).get("layers", "half")
+    if not isinstance(layers, (str, Path)):
+        return layers
+    words = {"all": range(count), "half": range(1, count, 2), "none": ()}
+    if layers in words:
+        return words[str(layers)]
+    try:
+        return [int(part) for part in str(layers).split(",")]
+    except ValueError:
+        raise ValueError(
+            f"swap_attention: `layers` must be 'all', 'half', 'none' or indices like '2,4,7', got {layers!r}."
+        ) from None
 
 
 def mixer_options(source: PreTrainedConfig, initialisation: str, fields: dict[str, Any]) -> dict[str, Any]:

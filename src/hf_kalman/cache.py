@@ -1,6 +1,6 @@
 """The cache layer of recurrent mixers, inside the host's own `DynamicCache` and `StaticCache`."""
 
-# The host types submodules as `Tensor | Module`, derives optional fields after construction, and unpacks kwargs loosely.
+# The host types submodules as `Tensor | Module`, fills optional fields after construction and unpacks kwargs loosely.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false, reportPrivateImportUsage=false, reportAssignmentType=false
 # pyright: reportOptionalSubscript=false, reportOptionalMemberAccess=false, reportOptionalOperand=false

@@ -5,7 +5,7 @@ embedding, MLP, attention interface), with the parameter names of the source mod
 layer that is not swapped computes bit for bit what it computed before.
 """
 
-# The host types submodules as `Tensor | Module`, derives optional fields after construction, and unpacks kwargs loosely.
+# The host types submodules as `Tensor | Module`, fills optional fields after construction and unpacks kwargs loosely.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false, reportPrivateImportUsage=false, reportAssignmentType=false
 # pyright: reportOptionalSubscript=false, reportOptionalMemberAccess=false, reportOptionalOperand=false

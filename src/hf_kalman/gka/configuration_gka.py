@@ -1,6 +1,6 @@
 """Configuration of Gated KalmaNet models."""
 
-# The host types submodules as `Tensor | Module`, derives optional fields after construction, and unpacks kwargs loosely.
+# The host types submodules as `Tensor | Module`, fills optional fields after construction and unpacks kwargs loosely.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false, reportPrivateImportUsage=false, reportAssignmentType=false
 # pyright: reportOptionalSubscript=false, reportOptionalMemberAccess=false, reportOptionalOperand=false

@@ -1,6 +1,6 @@
 """Gated KalmaNet models (arXiv 2511.21016), pure and hybrid."""
 
-# The host types submodules as `Tensor | Module`, derives optional fields after construction, and unpacks kwargs loosely.
+# The host types submodules as `Tensor | Module`, fills optional fields after construction and unpacks kwargs loosely.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false, reportPrivateImportUsage=false, reportAssignmentType=false
 # pyright: reportOptionalSubscript=false, reportOptionalMemberAccess=false, reportOptionalOperand=false
