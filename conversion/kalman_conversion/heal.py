@@ -227,7 +227,6 @@ class LayerwiseDistillation(nn.Module):
     """
 
     tokens: Tensor
-    batches: Tensor
 
     def __init__(
         self,
@@ -248,7 +247,6 @@ class LayerwiseDistillation(nn.Module):
             self.register_buffer(f"precision_{index}", filters[int(index)].precision.clone())
             self.register_buffer(f"information_{index}", filters[int(index)].information.clone())
         self.register_buffer("tokens", torch.tensor(float(filters[layers[0]].tokens), dtype=torch.float64))
-        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
         # In a tuple, so that it is not registered.
         self._taps = (AttentionTaps(teacher, layers),)
         for parameter in self.parameters():
@@ -262,7 +260,6 @@ class LayerwiseDistillation(nn.Module):
         read, errors = self._taps[0].read(input_ids), []
         if self.training:
             self.tokens.mul_(1 - self.forgetting).add_(input_ids.numel())
-            self.batches.add_(1)
         for index, readout in self.readouts.items():
             hidden, target = read[int(index)]
             features = readout.read(hidden)
@@ -360,6 +357,7 @@ def heal_layerwise(
         ValueError: teacher and student do not fit.
     """
     started = time.monotonic()
+    trained = {parameter: parameter.requires_grad for parameter in student.parameters()}
     model = LayerwiseDistillation(student, teacher, filters, forgetting, prior_tokens)
     arguments = TrainingArguments(
         output_dir=str(work),
@@ -388,9 +386,11 @@ def heal_layerwise(
         optimizers=(_optimizer(model, learning_rate, small_factor), None),
         callbacks=[_FilterSchedule(model, learning_rate), *callbacks],
     )
-    trainer.train(resume_from_checkpoint=any(Path(work).glob("checkpoint-*")))
-    for parameter in student.parameters():
-        parameter.requires_grad_(True)
+    try:
+        trainer.train(resume_from_checkpoint=any(Path(work).glob("checkpoint-*")))
+    finally:
+        for parameter, flag in trained.items():
+            parameter.requires_grad_(flag)
     tokens = trainer.state.global_step * batch_size * windows.shape[1]
     return HealingReport("layerwise", tokens, time.monotonic() - started)
 

@@ -39,10 +39,7 @@ class Segments(NamedTuple):
         Raises:
             ValueError: `attention_mask` is not two-dimensional.
         """
-        if attention_mask.ndim != 2:
-            raise ValueError(
-                f"Segments.from_mask: `attention_mask` must have shape (B, T), got {tuple(attention_mask.shape)}."
-            )
+        _check_rows("from_mask", "attention_mask", attention_mask)
         return cls(valid=attention_mask.bool())
 
     @classmethod
@@ -76,13 +73,8 @@ class Segments(NamedTuple):
         Raises:
             ValueError: `segment_ids` is not two-dimensional.
         """
-        if segment_ids.ndim != 2:
-            raise ValueError(
-                f"Segments.from_segment_ids: `segment_ids` must have shape (B, T), got {tuple(segment_ids.shape)}."
-            )
-        reset = torch.zeros_like(segment_ids, dtype=torch.bool)
-        reset[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
-        return cls(reset=reset)
+        _check_rows("from_segment_ids", "segment_ids", segment_ids)
+        return cls(reset=_later(segment_ids[:, 1:] != segment_ids[:, :-1]))
 
     @classmethod
     def from_position_ids(cls, position_ids: Tensor) -> Segments:
@@ -91,13 +83,8 @@ class Segments(NamedTuple):
         Raises:
             ValueError: `position_ids` is not two-dimensional.
         """
-        if position_ids.ndim != 2:
-            raise ValueError(
-                f"Segments.from_position_ids: `position_ids` must have shape (B, T), got {tuple(position_ids.shape)}."
-            )
-        reset = torch.zeros_like(position_ids, dtype=torch.bool)
-        reset[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
-        return cls(reset=reset)
+        _check_rows("from_position_ids", "position_ids", position_ids)
+        return cls(reset=_later(position_ids[:, 1:] != position_ids[:, :-1] + 1))
 
     def check(self, name: str, batch: int, length: int) -> None:
         """Raise `ValueError` unless both fields fit a (batch, length) input of the operator `name`."""
@@ -115,3 +102,13 @@ class Segments(NamedTuple):
     def numbers(self) -> Tensor | None:
         """(B, T) int64: how many resets each token has seen in its row; 0 still belongs to the initial state."""
         return None if self.reset is None else self.reset.long().cumsum(1)
+
+
+def _check_rows(function: str, name: str, tensor: Tensor) -> None:
+    if tensor.ndim != 2:
+        raise ValueError(f"Segments.{function}: `{name}` must have shape (B, T), got {tuple(tensor.shape)}.")
+
+
+def _later(changed: Tensor) -> Tensor:
+    """(B, T - 1) for tokens 1 to T - 1 as (B, T): token 0 continues the row's initial state."""
+    return torch.nn.functional.pad(changed, (1, 0), value=False)
