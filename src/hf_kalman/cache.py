@@ -30,6 +30,9 @@ class KalmanCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
         self.keys = self.values = None
         self.cumulative_length = 0
+        # The first full-attention layer of the same cache. transformers 5.17 sizes the masks of attention layers
+        # by the first layer that does not slide, whatever its kind.
+        self.attention_layer: CacheLayerMixin | None = None
 
     def lazy_initialization(self, *args, **kwargs) -> None:
         """Allocate the slot named by the keyword arguments, as the host's layer does."""
@@ -86,6 +89,8 @@ class KalmanCacheLayer(LinearAttentionLayer, CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(length, offset) of the mask that an attention layer with the same past would need."""
+        if self.attention_layer is not None:
+            return self.attention_layer.get_mask_sizes(query_length)
         return self.cumulative_length + query_length, 0
 
     def get_max_length(self) -> int:
@@ -157,6 +162,12 @@ def swap_cache_layers(cache: Cache, layer_types: list[str], number_of_states: in
         cache.layers[index] = KalmanCacheLayer(number_of_states)
         if layer.record_past:
             cache.layers[index].activate_past_recording()
+    full = next(
+        (layer for layer, kind in zip(cache.layers, layer_types, strict=True) if kind == "full_attention"), None
+    )
+    for layer in cache.layers:
+        if isinstance(layer, KalmanCacheLayer):
+            layer.attention_layer = full
     return cache
 
 
