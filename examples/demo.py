@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -71,7 +71,7 @@ def main():
     step("perplexity on a slice of the WikiText-2 test set")
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     windows = token_windows(tokenizer, read_documents(data / "wikitext2_test.jsonl"), 1024, 4)
-    configs = {name: load_model(folder).config for name, folder in (("teacher", teacher), ("healed", healed))}
+    configs = {name: AutoConfig.from_pretrained(folder) for name, folder in (("teacher", teacher), ("healed", healed))}
     record = json.loads((healed / "healing.json").read_text())
     values = {
         "teacher": measure(teacher, windows),

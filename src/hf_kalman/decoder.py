@@ -206,7 +206,7 @@ def run_decoder(
     past = past_key_values.get_seq_length() if past_key_values is not None else 0
     given_positions = position_ids
     if position_ids is None:
-        position_ids = (past + _arange(inputs_embeds))[None]
+        position_ids = (past + torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device))[None]
 
     masks = _masks(config, inputs_embeds, attention_mask, past_key_values, position_ids)
     if "linear_attention" in config.layer_types:
@@ -234,7 +234,3 @@ def run_decoder(
     return BaseModelOutputWithPast(
         last_hidden_state=hidden_states, past_key_values=past_key_values if use_cache else None
     )
-
-
-def _arange(inputs_embeds: Tensor) -> Tensor:
-    return torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)

@@ -78,6 +78,7 @@ def gated_kalmanet(
     def gate(tensor: Tensor | None, default: Tensor) -> Tensor:
         return default if tensor is None else tensor.to(dtype)
 
+    numbers = None if segments is None else segments.numbers()
     log_decay = gate(log_decay, zeros)
     inputs = Inputs(
         query.to(dtype),
@@ -87,7 +88,7 @@ def gated_kalmanet(
         gate(key_log_decay, log_decay),
         gate(solution_mix, zeros + 1),
         gate(input_gate, zeros + 1),
-        None if segments is None or segments.reset is None else segments.reset.expand(batch, length).long().cumsum(1),
+        None if numbers is None else numbers.expand(batch, length),
     )
     if initial_state is None:
         gram = zeros.new_zeros(batch, heads, width, width)

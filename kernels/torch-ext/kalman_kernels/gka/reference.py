@@ -59,7 +59,7 @@ class GKASolver(NamedTuple):
 
 
 def solve_ridge(gram: Tensor, query: Tensor, norm: Tensor, ridge: Tensor, solver: GKASolver) -> Tensor:
-    """X = (gram + ridge I)^-1 query for gram (..., D, D), query (..., D), norm = ||gram||_F and ridge (...).
+    """Solve (gram + ridge I) x = query for gram (..., D, D), query (..., D), norm = ||gram||_F and ridge (...).
 
     Where `norm` is 0 there is nothing to invert and x is 0.
     """
