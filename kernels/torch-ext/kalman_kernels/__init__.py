@@ -1,7 +1,7 @@
 """The mathematics of Kalman sequence layers, on torch and triton alone."""
 
 from .conv import causal_conv
-from .gka import GKASolver, GKAState, gated_kalmanet
+from .gka import GKASolver, GKAState, gated_kalmanet, gated_kalmanet_step
 from .segments import Segments
 
-__all__ = ["GKASolver", "GKAState", "Segments", "causal_conv", "gated_kalmanet"]
+__all__ = ["GKASolver", "GKAState", "Segments", "causal_conv", "gated_kalmanet", "gated_kalmanet_step"]

@@ -1,12 +1,15 @@
-"""Which implementation serves a call. `auto` looks at the device and at nothing else."""
+"""Which implementation serves a call. `auto` looks at the device, and at what the kernels can take at all."""
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Literal, NamedTuple
 
 import torch
 
-__all__ = ["Choice", "Implementation", "choose"]
+__all__ = ["HAS_TRITON", "Choice", "Implementation", "choose"]
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 Implementation = Literal["auto", "reference", "torch", "triton"]
 
@@ -18,7 +21,13 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose(name: str, implementation: str, available: tuple[str, ...], device: torch.device) -> Choice:
+def choose(
+    name: str,
+    implementation: str,
+    available: tuple[str, ...],
+    device: torch.device,
+    refusal: str | None = None,
+) -> Choice:
     """Resolve `implementation` for an operator on `device`.
 
     Args:
@@ -26,6 +35,8 @@ def choose(name: str, implementation: str, available: tuple[str, ...], device: t
         implementation: "auto" or the name of one implementation.
         available: the implementations that this operator has, best first for an accelerator.
         device: where the inputs lie.
+        refusal: why the Triton kernels cannot serve this call whatever the device, None when they can. "auto" then
+            takes the torch path and says so in the reason; "triton" raises.
 
     Raises:
         ValueError: `implementation` is unknown, or this operator does not have it.
@@ -35,17 +46,31 @@ def choose(name: str, implementation: str, available: tuple[str, ...], device: t
     if implementation not in known:
         raise ValueError(f"{name}: `implementation` must be one of {known}, got {implementation!r}.")
     if implementation == "auto":
-        if "triton" in available and device.type == "cuda":
-            return Choice("triton", "the inputs lie on a CUDA device")
-        why = "no Triton kernel exists for this operator" if device.type == "cuda" else f"the device is {device.type!r}"
-        return Choice("torch", why)
+        if device.type != "cuda":
+            return Choice("torch", f"the device is {device.type!r}")
+        if "triton" not in available:
+            return Choice("torch", "no Triton kernel exists for this operator, or Triton is not installed")
+        if refusal is not None:
+            return Choice("torch", f"the Triton kernels do not take {refusal}")
+        return Choice("triton", "the inputs lie on a CUDA device")
     if implementation not in available:
         raise NotImplementedError(
             f"{name}: implementation={implementation!r} does not exist for this operator; use one of {available}."
         )
-    if implementation == "triton" and device.type != "cuda":
+    if implementation == "triton" and refusal is not None:
+        raise NotImplementedError(
+            f"{name}: implementation='triton' does not take {refusal}; use implementation='torch'."
+        )
+    if implementation == "triton" and device.type != "cuda" and not _interpreting():
         raise NotImplementedError(
             f"{name}: implementation='triton' needs a CUDA tensor, got device {str(device)!r}; use "
             "implementation='torch'."
         )
     return Choice(implementation, "asked for")
+
+
+def _interpreting() -> bool:
+    """Whether TRITON_INTERPRET=1 runs Triton's kernels on the CPU."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)

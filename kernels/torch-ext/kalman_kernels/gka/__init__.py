@@ -1,6 +1,13 @@
 """Gated KalmaNet (arXiv 2511.21016): online ridge regression over the whole past in constant memory."""
 
-from .op import IMPLEMENTATIONS, gated_kalmanet
+from .op import IMPLEMENTATIONS, gated_kalmanet, gated_kalmanet_step
 from .reference import GKASolver, GKAState, gated_kalmanet_reference
 
-__all__ = ["IMPLEMENTATIONS", "GKASolver", "GKAState", "gated_kalmanet", "gated_kalmanet_reference"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "GKASolver",
+    "GKAState",
+    "gated_kalmanet",
+    "gated_kalmanet_reference",
+    "gated_kalmanet_step",
+]

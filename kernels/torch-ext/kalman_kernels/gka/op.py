@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from ..dispatch import Implementation, choose
+from ..dispatch import HAS_TRITON, Implementation, choose
 from ..segments import Segments
 from .chunked import Inputs, block_count, gka_chunked_backward, gka_chunked_forward, gka_step
 from .reference import GKASolver, GKAState, gated_kalmanet_reference
 
-__all__ = ["IMPLEMENTATIONS", "gated_kalmanet"]
+if HAS_TRITON or TYPE_CHECKING:
+    from .triton_backward import gka_triton_backward
+    from .triton_common import MAX_WIDTH, plan
+    from .triton_forward import TritonInputs, gka_triton_forward
+    from .triton_step import MAX_STEP, gka_triton_step
 
-IMPLEMENTATIONS = ("torch", "reference")
+__all__ = ["IMPLEMENTATIONS", "gated_kalmanet", "gated_kalmanet_step"]
+
+IMPLEMENTATIONS = ("triton", "torch", "reference") if HAS_TRITON else ("torch", "reference")
 _NAME = "gated_kalmanet"
 
 
@@ -54,7 +62,8 @@ def gated_kalmanet(
         scale: factor on the output; Dk ** -0.5 when None.
         initial_state: states before the first token; empty when None.
         segments: packed sequences and padding.
-        implementation: "auto", "torch" (chunk-parallel, implicit gradient) or "reference" (loop over time, autograd).
+        implementation: "auto", "triton" (CUDA; float16, bfloat16 and float32, widths to 128, iterative solvers),
+            "torch" (chunk-parallel, implicit gradient) or "reference" (loop over time, autograd).
 
     Returns:
         `(outputs, final_state)`: (B, T, H, Dv) in the dtype of `query`, zero at padding, and the states after the
@@ -70,7 +79,15 @@ def gated_kalmanet(
     batch, length, heads, width = query.shape
     if segments is not None:
         segments.check(_NAME, batch, length)
-    choice = choose(_NAME, implementation, IMPLEMENTATIONS, query.device)
+    choice = choose(_NAME, implementation, IMPLEMENTATIONS, query.device, _refusal(query, value, solver))
+    if choice.implementation == "triton":
+        return _triton(
+            TritonInputs(query, key, value, log_decay, key_log_decay, solution_mix, input_gate, None),
+            solver,
+            width**-0.5 if scale is None else scale,
+            initial_state,
+            segments or Segments(),
+        )
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     factor = width**-0.5 if scale is None else scale
     zeros = torch.zeros(batch, length, heads, dtype=dtype, device=query.device)
@@ -113,6 +130,127 @@ def gated_kalmanet(
         inputs = _neutral(inputs, segments.valid.expand(batch, length))
     outputs, gram, value_key = _run(inputs, gram, value_key, solver, factor)
     return outputs.to(query.dtype), GKAState(gram, value_key)
+
+
+def gated_kalmanet_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor | None = None,
+    solution_mix: Tensor | None = None,
+    *,
+    state: GKAState,
+    key_log_decay: Tensor | None = None,
+    input_gate: Tensor | None = None,
+    solver: GKASolver = GKASolver(),
+    scale: float | None = None,
+    in_place: bool = False,
+    every_state: bool = False,
+    implementation: Implementation = "auto",
+) -> tuple[Tensor, GKAState, GKAState | None]:
+    """`gated_kalmanet` for the few tokens of a generation step: no gradient, states in place, states of every token.
+
+    On a CUDA device up to 8 tokens take one launch that reads and writes both states once; equation, arguments and
+    dtypes are those of `gated_kalmanet`.
+
+    Args:
+        state: float32 states before the first token.
+        in_place: overwrite `state` and return it.
+        every_state: also return the states after each token, (B, T, H, Dk, Dk) and (B, T, H, Dv, Dk): what
+            speculative decoding needs to take back rejected tokens.
+
+    Returns:
+        `(outputs, final_state, states)`, the last None unless `every_state`.
+
+    Raises:
+        ValueError: a shape or the solver does not fit.
+        NotImplementedError: the implementation does not exist or cannot serve the call.
+    """
+    solver.check("gated_kalmanet_step")
+    _check(query, key, value, log_decay, solution_mix, key_log_decay, input_gate, state)
+    length = query.shape[1]
+    choice = choose(
+        "gated_kalmanet_step", implementation, IMPLEMENTATIONS, query.device, _refusal(query, value, solver)
+    )
+    if choice.implementation == "triton" and length <= MAX_STEP and all(s.is_contiguous() for s in state):
+        factor = query.shape[-1] ** -0.5 if scale is None else scale
+        optional = (log_decay, key_log_decay, solution_mix, input_gate)
+        inputs = TritonInputs(
+            *(t.contiguous() for t in (query, key, value)),
+            *(None if t is None else t.contiguous() for t in optional),
+            None,
+        )
+        outputs, gram, value_key, *every = gka_triton_step(inputs, state, solver, factor, in_place, every_state)
+        return outputs, GKAState(gram, value_key), GKAState(*every) if every_state else None
+    outputs, states, current = [], [], state
+    step = 1 if every_state else length
+    with torch.no_grad():
+        for start in range(0, length, step):
+            here = slice(start, start + step)
+            gates = [None if t is None else t[:, here] for t in (log_decay, solution_mix, key_log_decay, input_gate)]
+            result, current = gated_kalmanet(
+                *(t[:, here] for t in (query, key, value)),
+                *gates[:2],
+                key_log_decay=gates[2],
+                input_gate=gates[3],
+                solver=solver,
+                scale=scale,
+                initial_state=current,
+                implementation=implementation,
+            )
+            outputs.append(result)
+            states.append(current)
+    if in_place:
+        current = GKAState(*(target.copy_(source) for target, source in zip(state, current, strict=True)))
+    every = GKAState(*(torch.stack(pair, dim=1) for pair in zip(*states, strict=True))) if every_state else None
+    return torch.cat(outputs, dim=1), current, every
+
+
+def _refusal(query: Tensor, value: Tensor, solver: GKASolver) -> str | None:
+    """What the Triton kernels cannot take about a call."""
+    if query.dtype == torch.float64:
+        return "float64"
+    if solver.method == "exact":
+        return "solver.method='exact'"
+    if HAS_TRITON and max(query.shape[-1], value.shape[-1]) > MAX_WIDTH:
+        return f"widths above {MAX_WIDTH} ({query.shape[-1]} and {value.shape[-1]})"
+    return None
+
+
+def _triton(
+    inputs: TritonInputs, solver: GKASolver, scale: float, initial: GKAState | None, segments: Segments
+) -> tuple[Tensor, GKAState]:
+    batch, length = inputs.query.shape[:2]
+    if segments.valid is not None:
+        valid = segments.valid.expand(batch, length)
+        inputs = TritonInputs(
+            *(
+                None if t is None else torch.where(valid.view(batch, length, *[1] * (t.ndim - 2)), t, 0)
+                for t in inputs[:6]
+            ),  # pyright: ignore[reportArgumentType]
+            torch.where(valid[..., None], valid.new_ones((), dtype=torch.float32), 0).expand(
+                -1, -1, inputs.query.shape[2]
+            )
+            if inputs.input_gate is None
+            else torch.where(valid[..., None], inputs.input_gate, 0),
+            None,
+        )
+    numbers = segments.numbers()
+    numbers = None if numbers is None else numbers.to(torch.int32).expand(batch, length).contiguous()
+    inputs = TritonInputs(*(None if t is None else t.contiguous() for t in inputs[:7]), numbers)  # pyright: ignore[reportArgumentType]
+    states = (None, None) if initial is None else tuple(s.float().contiguous() for s in initial)
+    differentiable = torch.is_grad_enabled() and any(
+        t.requires_grad for t in (*inputs[:7], *states) if isinstance(t, Tensor)
+    )
+    if length <= MAX_STEP and not differentiable:
+        if states[0] is None:
+            shape = (batch, inputs.query.shape[2], inputs.value.shape[-1], inputs.query.shape[-1])
+            value_key = inputs.query.new_zeros(shape, dtype=torch.float32)
+            states = (value_key.new_zeros(*shape[:2], shape[3], shape[3]), value_key)
+        outputs, gram, value_key = _triton_step(*inputs, *states, *solver, scale)
+    else:
+        outputs, gram, value_key = _triton_forward(*inputs, *states, *solver, scale, differentiable)[:3]
+    return outputs, GKAState(gram, value_key)
 
 
 def _check(
@@ -313,3 +451,132 @@ def _autograd_backward(ctx, d_outputs, d_gram, d_value_key, *_):
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+
+
+# The same for Triton. Absent tensors travel as None, and come back from the backward pass as empty tensors.
+
+
+@torch.library.custom_op("kalman_kernels::gka_triton_step", mutates_args=())
+def _triton_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor | None,
+    key_log_decay: Tensor | None,
+    solution_mix: Tensor | None,
+    input_gate: Tensor | None,
+    numbers: Tensor | None,
+    gram: Tensor,
+    value_key: Tensor,
+    method: str,
+    iterations: int,
+    ridge_ratio: float,
+    ridge_gradient: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = TritonInputs(query, key, value, log_decay, key_log_decay, solution_mix, input_gate, numbers)
+    solver = _solver(method, iterations, ridge_ratio, ridge_gradient)
+    outputs, gram, value_key, *_ = gka_triton_step(inputs, (gram, value_key), solver, scale, in_place=False)
+    return outputs, gram, value_key
+
+
+@torch.library.custom_op("kalman_kernels::gka_triton_forward", mutates_args=())
+def _triton_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor | None,
+    key_log_decay: Tensor | None,
+    solution_mix: Tensor | None,
+    input_gate: Tensor | None,
+    numbers: Tensor | None,
+    gram: Tensor | None,
+    value_key: Tensor | None,
+    method: str,
+    iterations: int,
+    ridge_ratio: float,
+    ridge_gradient: bool,
+    scale: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs = TritonInputs(query, key, value, log_decay, key_log_decay, solution_mix, input_gate, numbers)
+    initial = None if gram is None or value_key is None else (gram, value_key)
+    solver = _solver(method, iterations, ridge_ratio, ridge_gradient)
+    return gka_triton_forward(inputs, initial, solver, scale, keep)
+
+
+@torch.library.custom_op("kalman_kernels::gka_triton_backward", mutates_args=())
+def _triton_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor | None,
+    key_log_decay: Tensor | None,
+    solution_mix: Tensor | None,
+    input_gate: Tensor | None,
+    numbers: Tensor | None,
+    gram: Tensor | None,
+    value_key: Tensor | None,
+    solutions: Tensor,
+    solution_sizes: Tensor,
+    norms: Tensor,
+    d_outputs: Tensor,
+    d_gram: Tensor,
+    d_value_key: Tensor,
+    method: str,
+    iterations: int,
+    ridge_ratio: float,
+    ridge_gradient: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs = TritonInputs(query, key, value, log_decay, key_log_decay, solution_mix, input_gate, numbers)
+    initial = None if gram is None or value_key is None else (gram, value_key)
+    solver = _solver(method, iterations, ridge_ratio, ridge_gradient)
+    gradients = gka_triton_backward(
+        inputs, initial, solutions, solution_sizes, norms, d_outputs, d_gram, d_value_key, solver, scale
+    )
+    return tuple(query.new_empty(0) if g is None else g for g in gradients)  # pyright: ignore[reportReturnType]
+
+
+@_triton_step.register_fake
+def _triton_step_fake(query, key, value, *rest):
+    return query.new_empty(*query.shape[:3], value.shape[-1]), torch.empty_like(rest[5]), torch.empty_like(rest[6])
+
+
+@_triton_forward.register_fake
+def _triton_forward_fake(query, key, value, *rest):
+    iterations, keep = rest[8], rest[-1]
+    batch, length, heads, width = query.shape
+    config = plan(query, value.shape[-1])
+    new = torch.empty_like(query, dtype=torch.float32).new_empty
+    outputs = query.new_empty(batch, length, heads, value.shape[-1])
+    states = new(batch, heads, width, width), new(batch, heads, value.shape[-1], width)
+    if not keep or iterations == 0:
+        return outputs, *states, new(0), new(0), new(0)
+    filled = -(-length // config.chunk) * config.chunk
+    norms = new(batch, heads, filled)
+    return outputs, *states, torch.empty_like(query, dtype=config.storage), norms, torch.empty_like(norms)
+
+
+@_triton_backward.register_fake
+def _triton_backward_fake(
+    query, key, value, log_decay, key_log_decay, solution_mix, input_gate, numbers, gram, value_key, *rest
+):
+    leaves = (query, key, value, log_decay, key_log_decay, solution_mix, input_gate)
+    gradients = (query.new_empty(0) if t is None else torch.empty_like(t) for t in leaves)
+    return *gradients, torch.empty_like(rest[4]), torch.empty_like(rest[5])
+
+
+def _triton_autograd(ctx, d_outputs, d_gram, d_value_key, *_):
+    leaves = ctx.saved_tensors[:10]
+    gradients = list(
+        _triton_backward(
+            *ctx.saved_tensors, d_outputs.contiguous(), d_gram.contiguous(), d_value_key.contiguous(), *ctx.numbers
+        )
+    )
+    gradients = gradients[:7] + [None] + gradients[7:]
+    gradients = [None if leaf is None else g for leaf, g in zip(leaves, gradients, strict=True)]
+    return *gradients, None, None, None, None, None, None
+
+
+_triton_forward.register_autograd(_triton_autograd, setup_context=_setup_context)

@@ -1,0 +1,287 @@
+"""What the Triton kernels of Gated KalmaNet share: scaled operands, tiles, decays, states, the solver.
+
+Matrix operands are float16 (float32 inputs: float32 through three tf32 products). Float16 has eight times the precision
+of bfloat16 and a narrow range, so every operand is brought to elements of at most 1 by an exact power of two, per row
+or per tile, and the factors travel in float32. The solver works on H_t / ||H_t||_F, whose eigenvalues lie in [0, 1].
+"""
+
+# Triton turns annotations and defaults of jitted functions into objects of its own.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false, reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false
+# pyright: reportReturnType=false, reportAssignmentType=false
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .reference import CG_FLOOR
+
+METHODS = {"none": 0, "cg": 1, "chebyshev": 2}
+
+
+@triton.jit
+def dot(a, b, PRECISION: tl.constexpr):
+    """Matrix product with float32 sums."""
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def long(number):
+    """An integer as int64: offsets outgrow int32. (Loop variables of the interpreter are Python numbers.)"""
+    return tl.full((), 0, tl.int64) + number
+
+
+@triton.jit
+def power_of_two(size):
+    """The smallest power of two above a float32 (1 for 0), and its inverse: multiplying by it is exact."""
+    bits = (size.to(tl.int32, bitcast=True) & 0x7F800000) + 0x00800000
+    bits = tl.where(size > 0, bits, 0x3F800000)
+    return bits.to(tl.float32, bitcast=True), (0x7F000000 - bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def scaled_rows(tile, OPERAND: tl.constexpr):
+    """(rows, width) float32 as an operand and a factor per row."""
+    scale, inverse = power_of_two(tl.max(tl.abs(tile), 1))
+    return (tile * inverse[:, None]).to(OPERAND), scale
+
+
+@triton.jit
+def scaled_vector(vector):
+    """A vector brought below 2^8, and its factor.
+
+    Weights of products of rows: with elements below 1, 128 of them stay inside float16, and what is 2^22 times smaller
+    than the largest still has full precision.
+    """
+    scale, inverse = power_of_two(tl.max(tl.abs(vector), 0))
+    return vector * (inverse * 256.0), scale * (1.0 / 256.0)
+
+
+@triton.jit
+def load_rows(pointer, stride, rows, count, columns, WIDTH: tl.constexpr):
+    """rows x columns of a row-major tensor in float32, 0 outside."""
+    mask = (rows < count)[:, None] & (columns < WIDTH)[None, :]
+    return tl.load(pointer + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_raw(pointer, stride, rows, count, columns, WIDTH: tl.constexpr):
+    """`load_rows` in the dtype of the tensor."""
+    mask = (rows < count)[:, None] & (columns < WIDTH)[None, :]
+    return tl.load(pointer + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(pointer, stride, rows, count, columns, tile, WIDTH: tl.constexpr):
+    """The inverse of `load_rows`, in the dtype of the tensor."""
+    mask = (rows < count)[:, None] & (columns < WIDTH)[None, :]
+    tl.store(pointer + rows[:, None] * stride + columns[None, :], tile.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_operand(pointer, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A stored (ROWS, COLUMNS) state as it is, 0 outside."""
+    mask = (rows < ROWS)[:, None] & (columns < COLUMNS)[None, :]
+    return tl.load(pointer + rows[:, None] * COLUMNS + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_operand(pointer, rows, columns, tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Store a tile of `products`: an element as large as the bound becomes 2^14, deep inside the range of float16."""
+    mask = (rows < ROWS)[:, None] & (columns < COLUMNS)[None, :]
+    tl.store(
+        pointer + rows[:, None] * COLUMNS + columns[None, :], (tile * 16.0).to(pointer.dtype.element_ty), mask=mask
+    )
+
+
+@triton.jit
+def carries(cumulative, numbers, chunk, rows, CHUNK: tl.constexpr, PACKED: tl.constexpr):
+    """Decays of one chunk: into each token, from each token to the end, through; README eq. 7.
+
+    `cumulative` and `numbers` point at the row's first entry. The cumulative decay is a base-2 logarithm and restarts
+    with every chunk; entries beyond the end repeat the last one.
+    """
+    log = tl.load(cumulative + chunk * CHUNK + rows)
+    last = tl.load(cumulative + chunk * CHUNK + CHUNK - 1)
+    into, out, through = tl.exp2(log), tl.exp2(last - log), tl.exp2(last)
+    if PACKED:
+        number = tl.load(numbers + chunk * CHUNK + rows)
+        final = tl.load(numbers + chunk * CHUNK + CHUNK - 1)
+        before = tl.load(numbers + chunk * CHUNK - 1, mask=chunk > 0, other=0)
+        into = tl.where(number == before, into, 0.0)
+        out = tl.where(number == final, out, 0.0)
+        through = tl.where(final == before, through, 0.0)
+    return into, out, through
+
+
+@triton.jit
+def within(
+    cumulative, numbers, chunk, rows, CHUNK: tl.constexpr, PACKED: tl.constexpr, TRANSPOSED: tl.constexpr = False
+):
+    """(CHUNK, CHUNK) decay from token j (second axis) to token i >= j (first axis) of one sequence; README eq. 7.
+
+    TRANSPOSED swaps the axes.
+    """
+    log = tl.load(cumulative + chunk * CHUNK + rows)
+    if TRANSPOSED:
+        allowed = rows[:, None] <= rows[None, :]
+        decay = tl.exp2(log[None, :] - log[:, None])
+    else:
+        allowed = rows[:, None] >= rows[None, :]
+        decay = tl.exp2(log[:, None] - log[None, :])
+    if PACKED:
+        number = tl.load(numbers + chunk * CHUNK + rows)
+        allowed = allowed & (number[:, None] == number[None, :])
+    return tl.where(allowed, decay, 0.0)
+
+
+@triton.jit
+def products(left, left_scale, right, right_scale, weight, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+    """sum_j weight_j left_j right_j^T as (tile, bound): the sum is tile * bound / 1024, no element exceeds bound.
+
+    `left` and `right` (rows, width) are scaled rows; README eq. 23.
+    """
+    weight = weight * left_scale * right_scale
+    bound = tl.sum(tl.abs(weight), 0)
+    weight = weight * tl.where(bound > 0, 1024.0 / bound, 0.0)
+    left = (left.to(tl.float32) * weight[:, None]).to(OPERAND)
+    return dot(tl.trans(left), right, PRECISION), bound
+
+
+@triton.jit
+def solve(
+    right,
+    keys,
+    gram,
+    into,
+    weights,
+    iterations,
+    ridge,
+    tolerance,
+    METHOD: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """(H_t / ||H_t||_F + ridge I)^-1 right_t for every token of a chunk, right of norm 1 or 0; README eqs. 5, 20, 21.
+
+    H_t / ||H_t||_F = into_t gram + sum_j weights_tj keys_j keys_j^T. Directions are rounded once and used rounded
+    everywhere, so that their rounding changes the path and not the goal. Conjugate gradients freeze a row whose squared
+    residual is below `tolerance` and end with the last row.
+    """
+    residual = right
+    step = 0
+    if METHOD == 1:
+        # The solution is kept as it will be stored: registers are what this loop is short of.
+        x = tl.zeros_like(right).to(OPERAND)
+        direction = tl.zeros_like(right).to(OPERAND)
+        rr = tl.sum(residual * residual, 1)
+        inverse = tl.where(rr > 0, 1.0 / tl.sqrt(rr), 0.0)
+        ratio = tl.zeros_like(rr)
+        busy = tl.max((rr > tolerance).to(tl.int32), 0)
+        while (step < iterations) & (busy > 0):
+            # Rounds of two steps: fewer looks at whether all rows are done.
+            for _ in range(0, tl.minimum(iterations - step, 2)):
+                # The direction is kept in units of the residual's norm, where it cannot leave the range of float16.
+                direction = (residual * inverse[:, None] + direction.to(tl.float32) * ratio[:, None]).to(OPERAND)
+                inside = dot(direction, tl.trans(keys), PRECISION).to(OPERAND) * weights
+                image = dot(direction, gram, PRECISION)
+                image = image * into[:, None] + dot(inside, keys, PRECISION)
+                wide = direction.to(tl.float32)
+                image += ridge * wide
+                size = tl.sqrt(rr)
+                curvature = tl.sum(wide * image, 1)
+                length = tl.where((rr > tolerance) & (curvature > 0), size / curvature, 0.0)[:, None]
+                residual -= length * image
+                rr = tl.sum(residual * residual, 1)
+                x = (x.to(tl.float32) + length * wide).to(OPERAND)
+                inverse = tl.where(rr > 0, 1.0 / tl.sqrt(rr), 0.0)
+                ratio = tl.where(size > 0, tl.sqrt(rr) / size, 0.0)
+            busy = tl.max((rr > tolerance).to(tl.int32), 0)
+            step += 2
+        x = x.to(tl.float32)
+    if METHOD == 2:
+        x = tl.zeros_like(right)
+        span = 2.0 / (1.0 + 2.0 * ridge)
+        quarter = 0.0625 * span * span
+        omega = 2.0
+        direction = (span * right).to(OPERAND)
+        while step < iterations:
+            wide = direction.to(tl.float32)
+            x += wide
+            inside = dot(direction, tl.trans(keys), PRECISION).to(OPERAND) * weights
+            image = dot(direction, gram, PRECISION) * into[:, None]
+            image += dot(inside, keys, PRECISION)
+            residual -= image + ridge * wide
+            omega = 1.0 / (1.0 - quarter * omega)
+            direction = ((omega - 1.0) * wide + (omega * span) * residual).to(OPERAND)
+            step += 1
+        x += direction.to(tl.float32)
+    return x, residual
+
+
+class Plan(NamedTuple):
+    """Sizes and launch options of one call; what the kernels take as constants."""
+
+    chunk: int  # tokens of one solve
+    block: int  # key width, filled up to a power of two
+    value_block: int
+    operand: tl.dtype
+    precision: str
+    tolerance: float  # squared relative residual at which conjugate gradients freeze a row
+
+    @property
+    def storage(self) -> torch.dtype:
+        """The dtype of stored operands."""
+        return torch.float32 if self.operand == tl.float32 else torch.float16
+
+
+# Squared relative residuals. 2e-3 keeps float16 operands below the error of the published scheme in bfloat16.
+TOLERANCE = {"float16": 1e-6, "float32": CG_FLOOR * torch.finfo(torch.float32).eps ** 2}
+MAX_WIDTH = 128
+
+
+def plan(query: Tensor, value_width: int) -> Plan:
+    """The plan for a query (B, T, H, Dk) and values of width `value_width`."""
+    block = max(16, triton.next_power_of_2(query.shape[-1]))
+    value_block = max(16, triton.next_power_of_2(value_width))
+    wide = query.dtype == torch.float32
+    chunk = 16 if interpreting() else 32 if wide and max(block, value_block) > 64 else 64
+    return Plan(
+        chunk,
+        block,
+        value_block,
+        tl.float32 if wide else tl.float16,
+        "tf32x3" if wide else "ieee",
+        TOLERANCE["float32" if wide else "float16"],
+    )
+
+
+# Launch options by kernel for widths above 64, "wide" for float32 operands; narrower ones run with 4 warps. Measured on
+# Hopper and used everywhere. To re-tune: benchmarks/gka_gpu.py --tune, then put what it prints here.
+LAUNCH = {
+    "walk": {"num_warps": 8},
+    "read": {"num_warps": 8, "maxnreg": 128},
+    "adjoint_read": {"num_warps": 8, "maxnreg": 128},
+    "adjoint_increments": {"num_warps": 8},
+    "adjoint_gram": {"num_warps": 8},
+    "adjoint_value": {"num_warps": 8},
+}
+WIDE_LAUNCH = {"num_warps": 8}
+
+
+def launch(config: Plan, kernel: str) -> dict:
+    """Launch options of a kernel."""
+    options = {"num_warps": 4, "num_stages": 1}
+    if max(config.block, config.value_block) <= 64:
+        return options
+    return options | (WIDE_LAUNCH if config.operand == tl.float32 else LAUNCH.get(kernel, {}))
+
+
+def interpreting() -> bool:
+    """Whether Triton runs kernels in its interpreter, on the CPU."""
+    return bool(triton.knobs.runtime.interpret)

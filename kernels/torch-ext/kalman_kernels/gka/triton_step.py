@@ -1,0 +1,485 @@
+"""Gated KalmaNet for a few tokens in Triton: one launch reads and writes both states once (README.md, eqs. 1-6)."""
+
+# Triton turns annotations and defaults of jitted functions into objects of its own.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false, reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false
+# pyright: reportReturnType=false, reportAssignmentType=false
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .reference import CG_FLOOR, GKASolver
+from .triton_common import long
+from .triton_forward import TritonInputs, method
+
+__all__ = ["MAX_STEP", "MixerInputs", "gka_mixer_step", "gka_triton_step"]
+
+# Tokens that one launch takes: beyond, the chunks are faster.
+MAX_STEP = 8
+
+
+@triton.jit
+def _solve(gram, query, iterations, ridge, tolerance, METHOD: tl.constexpr):
+    """(gram + ridge ||gram||_F I)^-1 query in float32, gram symmetric; README eqs. 3-5."""
+    norm = tl.sqrt(tl.sum(tl.sum(gram * gram, 1), 0))
+    ridge = ridge * norm
+    x = tl.zeros_like(query)
+    step = 0
+    if METHOD == 1:
+        residual, direction = query, query
+        rr = tl.sum(query * query, 0)
+        enough = tolerance * rr
+        while (step < iterations) & (rr > enough) & (norm > 0):
+            image = tl.sum(gram * direction[:, None], 0) + ridge * direction
+            length = rr / tl.sum(direction * image, 0)
+            x += length * direction
+            residual -= length * image
+            following = tl.sum(residual * residual, 0)
+            direction = residual + (following / rr) * direction
+            rr = following
+            step += 1
+    if METHOD == 2:
+        span = tl.where(norm > 0, 2.0 / (2.0 * ridge + norm), 0.0)
+        quarter = 0.0625 * span * span * norm * norm
+        omega = 2.0
+        change = span * query
+        x += change
+        while step < iterations:
+            omega = 1.0 / (1.0 - quarter * omega)
+            image = tl.sum(gram * x[:, None], 0) + ridge * x
+            change = (omega - 1.0) * change + (omega * span) * (query - image)
+            x += change
+            step += 1
+    return x
+
+
+@triton.jit
+def _convolved(raw, stride, past, weight, token, channel, mask, TAPS: tl.constexpr):
+    """sum_l weight[c, TAPS-1-l] x_{t-l}[c]; tokens before the first come from `past` (channels, TAPS - 1)."""
+    total = tl.zeros_like(channel).to(tl.float32)
+    for lag in tl.static_range(TAPS):
+        here = mask & (channel >= 0) & (token - lag >= 0)
+        before = mask & (channel >= 0) & (token - lag < 0)
+        x = tl.load(raw - lag * stride + channel, mask=here, other=0.0).to(tl.float32)
+        x += tl.load(past + channel * (TAPS - 1) + (TAPS - 1 + token - lag), mask=before, other=0.0).to(tl.float32)
+        total += x * tl.load(weight + channel * TAPS + (TAPS - 1 - lag), mask=mask, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
+def _silu(x):
+    return x / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _unit(x):
+    return x / (tl.sqrt(tl.sum(x * x, 0)) + 1e-6)
+
+
+@triton.jit
+def _round(x, pointer):
+    """What a tensor of the pointer's dtype would have held."""
+    return x.to(pointer.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["length", "iterations", "ridge", "tolerance", "scale", "eps"])
+def step_kernel(
+    query,
+    key,
+    value,
+    log_decay,
+    key_log_decay,
+    solution_mix,
+    input_gate,
+    output_gate,
+    numbers,
+    query_past,
+    key_past,
+    value_past,
+    query_taps,
+    key_taps,
+    value_taps,
+    decay_rate,
+    decay_bias,
+    norm_weight,
+    gram_in,
+    value_key_in,
+    gram_out,
+    value_key_out,
+    grams,
+    value_keys,
+    mixed,
+    outputs,
+    length,
+    heads,
+    query_heads,
+    key_heads,
+    value_heads,
+    iterations,
+    ridge,
+    tolerance,
+    scale,
+    eps,
+    METHOD: tl.constexpr,
+    MIXER: tl.constexpr,
+    DECAYS: tl.constexpr,
+    GATED: tl.constexpr,
+    MIXED: tl.constexpr,
+    OUTPUT_GATED: tl.constexpr,
+    PACKED: tl.constexpr,
+    EVERY: tl.constexpr,
+    TAPS: tl.constexpr,
+    KEY_SILU: tl.constexpr,
+    VALUE_CONV: tl.constexpr,
+    VALUE_SILU: tl.constexpr,
+    WIDTH: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VALUE_BLOCK: tl.constexpr,
+):
+    """A few tokens of one head. MIXER takes raw projections and does what surrounds the operator in a layer, too.
+
+    DECAYS: 0 none, 1 one for both states, 2 two, 3 for the value state alone. EVERY also stores all states.
+    """
+    line = long(tl.program_id(0))
+    batch, head = line // heads, line % heads
+    rows, columns, value_rows = tl.arange(0, BLOCK), tl.arange(0, BLOCK), tl.arange(0, VALUE_BLOCK)
+    inside, value_inside = rows < WIDTH, value_rows < VALUE_WIDTH
+    query_head = head // (heads // query_heads)
+    key_head, value_head = head // (heads // key_heads), head // (heads // value_heads)
+    mask = inside[:, None] & (columns < WIDTH)[None, :]
+    offset = rows[:, None] * WIDTH + columns[None, :]
+    gram = tl.load(gram_in + line * WIDTH * WIDTH + offset, mask=mask, other=0.0)
+    previous = 0
+    for token in range(0, length):
+        place = (batch * length + token) * heads + head
+        key_at = key + (batch * length + token) * (key_heads * WIDTH)
+        query_at = query + (batch * length + token) * (query_heads * WIDTH)
+        if MIXER:
+            channel = key_head * WIDTH + rows
+            past = key_past + batch * (key_heads * WIDTH * (TAPS - 1))
+            k = _round(_convolved(key_at, key_heads * WIDTH, past, key_taps, token, channel, inside, TAPS), key)
+            channel = query_head * WIDTH + rows
+            past = query_past + batch * (query_heads * WIDTH * (TAPS - 1))
+            q = _convolved(query_at, query_heads * WIDTH, past, query_taps, token, channel, inside, TAPS)
+            q = _round(q, query)
+            if KEY_SILU:
+                k, q = _round(_silu(k), key), _round(_silu(q), query)
+            k, q = _round(_unit(k), key), _round(_unit(q), query)
+        else:
+            k = tl.load(key_at + key_head * WIDTH + rows, mask=inside, other=0.0).to(tl.float32)
+            q = tl.load(query_at + query_head * WIDTH + rows, mask=inside, other=0.0).to(tl.float32)
+        if GATED:
+            gate = tl.load(input_gate + place).to(tl.float32)
+            if MIXER:
+                gate = _round(_round(1.0 / (1.0 + tl.exp(-gate)), input_gate) + 1e-6, input_gate)
+            k = k * gate
+        keep = 1.0
+        if (DECAYS == 1) | (DECAYS == 2):
+            if DECAYS == 2:
+                keep = tl.exp(tl.load(key_log_decay + place).to(tl.float32))
+            else:
+                keep = tl.load(log_decay + place).to(tl.float32)
+                if MIXER:
+                    keep = _log_decay(keep, decay_rate, decay_bias, head)
+                keep = tl.exp(keep)
+        if PACKED:
+            number = tl.load(numbers + batch * length + token)
+            keep = tl.where(number == previous, keep, 0.0)
+            previous = number
+        gram = gram * keep + k[:, None] * k[None, :]
+        if EVERY:
+            tl.store(grams + place * WIDTH * WIDTH + offset, gram, mask=mask)
+        if METHOD != 0:
+            x = _solve(gram, q, iterations, ridge, tolerance, METHOD)
+            mix = 1.0
+            if MIXED:
+                mix = tl.load(solution_mix + place).to(tl.float32)
+                if MIXER:
+                    mix = _round(1.0 / (1.0 + tl.exp(-mix)), solution_mix)
+            q = q + mix * (x - q)
+        tl.store(mixed + place * WIDTH + rows, q, mask=inside)
+        # The key waits beside the query: the value state needs it again.
+        tl.store(mixed + (tl.num_programs(0) * length + place) * WIDTH + rows, k, mask=inside)
+    tl.store(gram_out + line * WIDTH * WIDTH + offset, gram, mask=mask)
+    tl.debug_barrier()
+
+    mask = value_inside[:, None] & (columns < WIDTH)[None, :]
+    offset = value_rows[:, None] * WIDTH + columns[None, :]
+    state = tl.load(value_key_in + line * VALUE_WIDTH * WIDTH + offset, mask=mask, other=0.0)
+    previous = 0
+    for token in range(0, length):
+        place = (batch * length + token) * heads + head
+        q = tl.load(mixed + place * WIDTH + columns, mask=columns < WIDTH, other=0.0)
+        k = tl.load(mixed + (tl.num_programs(0) * length + place) * WIDTH + columns, mask=columns < WIDTH, other=0.0)
+        value_at = value + (batch * length + token) * (value_heads * VALUE_WIDTH)
+        channel = value_head * VALUE_WIDTH + value_rows
+        if MIXER & VALUE_CONV:
+            past = value_past + batch * (value_heads * VALUE_WIDTH * (TAPS - 1))
+            v = _convolved(value_at, value_heads * VALUE_WIDTH, past, value_taps, token, channel, value_inside, TAPS)
+            v = _round(v, value)
+        else:
+            v = tl.load(value_at + channel, mask=value_inside, other=0.0).to(tl.float32)
+        if VALUE_SILU:
+            v = _round(_silu(v), value)
+        if GATED:
+            gate = tl.load(input_gate + place).to(tl.float32)
+            if MIXER:
+                gate = _round(_round(1.0 / (1.0 + tl.exp(-gate)), input_gate) + 1e-6, input_gate)
+            v = v * gate
+        keep = 1.0
+        if DECAYS > 0:
+            keep = tl.load(log_decay + place).to(tl.float32)
+            if MIXER:
+                keep = _log_decay(keep, decay_rate, decay_bias, head)
+            keep = tl.exp(keep)
+        if PACKED:
+            number = tl.load(numbers + batch * length + token)
+            keep = tl.where(number == previous, keep, 0.0)
+            previous = number
+        state = state * keep + v[:, None] * k[None, :]
+        if EVERY:
+            tl.store(value_keys + place * VALUE_WIDTH * WIDTH + offset, state, mask=mask)
+        y = tl.sum(state * q[None, :], 1) * scale
+        target = outputs + place * VALUE_WIDTH + value_rows
+        if MIXER:
+            y = _round(y, outputs)
+            y = y / tl.sqrt(tl.sum(y * y, 0) / VALUE_WIDTH + eps)
+            y = y * tl.load(norm_weight + value_rows, mask=value_inside, other=0.0).to(tl.float32)
+            if OUTPUT_GATED:
+                source = output_gate + place * VALUE_WIDTH + value_rows
+                y = y * _silu(tl.load(source, mask=value_inside, other=0.0).to(tl.float32))
+        tl.store(target, y.to(outputs.dtype.element_ty), mask=value_inside)
+    tl.store(value_key_out + line * VALUE_WIDTH * WIDTH + offset, state, mask=mask)
+
+
+@triton.jit
+def _log_decay(step, decay_rate, decay_bias, head):
+    """-exp(A_log) softplus(a + dt_bias)."""
+    x = step + tl.load(decay_bias + head).to(tl.float32)
+    softplus = tl.where(x > 20.0, x, tl.log(1.0 + tl.exp(tl.minimum(x, 20.0))))
+    return -tl.exp(tl.load(decay_rate + head).to(tl.float32)) * softplus
+
+
+@triton.jit(do_not_specialize=["length"])
+def shift_kernel(
+    query,
+    key,
+    value,
+    query_past,
+    key_past,
+    value_past,
+    length,
+    query_channels,
+    key_channels,
+    value_channels,
+    TAPS: tl.constexpr,
+    PAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The last TAPS - 1 tokens of each of three convolutions, (B, C, TAPS - 1), in place."""
+    batch, which = long(tl.program_id(1)), tl.program_id(2)
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if which == 0:
+        _shift(query, query_past, batch, channel, length, query_channels, TAPS, PAST)
+    elif which == 1:
+        _shift(key, key_past, batch, channel, length, key_channels, TAPS, PAST)
+    else:
+        _shift(value, value_past, batch, channel, length, value_channels, TAPS, PAST)
+
+
+@triton.jit
+def _shift(raw, past, batch, channel, length, channels, TAPS: tl.constexpr, PAST: tl.constexpr):
+    slot = tl.arange(0, PAST)
+    mask = (channel < channels)[:, None] & (slot < TAPS - 1)[None, :]
+    token = length - (TAPS - 1) + slot
+    raw += batch * length * channels
+    past += batch * channels * (TAPS - 1)
+    fresh = tl.load(
+        raw + token[None, :] * channels + channel[:, None], mask=mask & (token >= 0)[None, :], other=0.0
+    ).to(past.dtype.element_ty)
+    old = tl.load(
+        past + channel[:, None] * (TAPS - 1) + (TAPS - 1 + token)[None, :], mask=mask & (token < 0)[None, :], other=0.0
+    )
+    tl.debug_barrier()
+    tl.store(
+        past + channel[:, None] * (TAPS - 1) + slot[None, :], tl.where((token >= 0)[None, :], fresh, old), mask=mask
+    )
+
+
+# Squared relative residuals at which a step stops: the states are float32, so only the output's dtype matters.
+STEP_TOLERANCE = {torch.float32: CG_FLOOR * torch.finfo(torch.float32).eps ** 2}
+HALF_STEP_TOLERANCE = 1e-8
+
+
+def gka_triton_step(
+    inputs: TritonInputs,
+    state: tuple[Tensor, Tensor],
+    solver: GKASolver,
+    scale: float,
+    in_place: bool,
+    every: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Outputs (B, T, H, Dv), both states after the last token and, with `every`, after each: (B, T, H, D, Dk)."""
+    batch, length, heads, width = inputs.query.shape
+    value_width = inputs.value.shape[-1]
+    decay = inputs.log_decay if inputs.log_decay is not None else inputs.key_log_decay
+    decays = 0 if decay is None else 1 if inputs.key_log_decay is None else 2
+    outputs = inputs.query.new_empty(batch, length, heads, value_width)
+    after = state if in_place else (torch.empty_like(state[0]), torch.empty_like(state[1]))
+    trail = [s.new_empty(batch, length, *s.shape[1:]) if every else s.new_empty(0) for s in state]
+    none = inputs.query
+    numbers = None if inputs.numbers is None else inputs.numbers.to(torch.int32).contiguous()
+    _launch(
+        (inputs.query, inputs.key, inputs.value),
+        (decay, inputs.key_log_decay, inputs.solution_mix, inputs.input_gate, None),
+        numbers,
+        (none,) * 9,
+        (*state, *after, *trail),
+        outputs,
+        heads,
+        solver,
+        scale,
+        0.0,
+        {"MIXER": False, "DECAYS": decays, "EVERY": every, "TAPS": 1, "KEY_SILU": False, "VALUE_CONV": False}
+        | {"VALUE_SILU": False, "WIDTH": width, "VALUE_WIDTH": value_width},
+    )
+    return outputs, *after, *trail
+
+
+class MixerInputs(NamedTuple):
+    """Raw projections of a few tokens and the parameters of everything between them and the output projection."""
+
+    query: Tensor  # (B, T, Hq, Dk)
+    key: Tensor  # (B, T, G, Dk)
+    value: Tensor  # (B, T, Gv, Dv)
+    decay_step: Tensor | None  # (B, T, H), before dt_bias and softplus
+    solution_mix: Tensor | None  # (B, T, H), before the sigmoid
+    input_gate: Tensor | None  # (B, T, H), before the sigmoid
+    output_gate: Tensor | None  # (B, T, H, Dv), before SiLU
+    query_past: Tensor  # (B, Hq Dk, K - 1), replaced
+    key_past: Tensor  # (B, G Dk, K - 1), replaced
+    value_past: Tensor | None  # (B, Gv Dv, K - 1), replaced
+    query_taps: Tensor  # (Hq Dk, K)
+    key_taps: Tensor  # (G Dk, K)
+    value_taps: Tensor | None  # (Gv Dv, K), None for values without a convolution
+    decay_rate: Tensor | None  # (H,), A_log
+    decay_bias: Tensor | None  # (H,), dt_bias
+    norm_weight: Tensor  # (Dv,)
+    key_gram: Tensor  # (B, H, Dk, Dk) float32, replaced
+    value_key: Tensor  # (B, H, Dv, Dk) float32, replaced
+
+
+class MixerOptions(NamedTuple):
+    """What the layer's configuration says about a step."""
+
+    key_silu: bool
+    value_silu: bool
+    decay_gram: bool
+    scale: float
+    eps: float
+
+
+def gka_mixer_step(inputs: MixerInputs, solver: GKASolver, options: MixerOptions) -> Tensor:
+    """RMSNorm(GKA(conv(q), conv(k), conv(v))) * SiLU(gate) for a few tokens, (B, T, H, Dv), in two launches.
+
+    Convolution contexts and states are replaced in place. Everything is rounded to the dtype of the projections where
+    the layer's separate operators round it.
+    """
+    batch, length, query_heads, width = inputs.query.shape
+    key_heads, (value_heads, value_width) = inputs.key.shape[2], inputs.value.shape[2:]
+    heads = inputs.key_gram.shape[1]
+    outputs = inputs.query.new_empty(batch, length, heads, value_width)
+    none = inputs.query
+    decays = 0 if inputs.decay_step is None else 1 if options.decay_gram else 3
+    taps = inputs.query_taps.shape[1]
+    surroundings = (
+        inputs.query_past,
+        inputs.key_past,
+        inputs.value_past,
+        inputs.query_taps,
+        inputs.key_taps,
+        inputs.value_taps,
+        inputs.decay_rate,
+        inputs.decay_bias,
+        inputs.norm_weight,
+    )
+    states = (inputs.key_gram, inputs.value_key)
+    _launch(
+        (inputs.query, inputs.key, inputs.value),
+        (inputs.decay_step, None, inputs.solution_mix, inputs.input_gate, inputs.output_gate),
+        None,
+        tuple(none if t is None else t for t in surroundings),
+        (*states, *states, none, none),
+        outputs,
+        heads,
+        solver,
+        options.scale,
+        options.eps,
+        {"MIXER": True, "DECAYS": decays, "EVERY": False, "TAPS": taps, "KEY_SILU": options.key_silu}
+        | {"VALUE_CONV": inputs.value_taps is not None, "VALUE_SILU": options.value_silu}
+        | {"WIDTH": width, "VALUE_WIDTH": value_width},
+    )
+    if taps > 1:
+        channels = [query_heads * width, key_heads * width, value_heads * value_width]
+        block = 256
+        with_value = inputs.value_past is not None
+        shift_kernel[(triton.cdiv(max(channels), block), batch, 3 if with_value else 2)](
+            inputs.query,
+            inputs.key,
+            inputs.value,
+            inputs.query_past,
+            inputs.key_past,
+            inputs.value_past if with_value else inputs.key_past,
+            length,
+            *channels,
+            TAPS=taps,
+            PAST=triton.next_power_of_2(taps - 1),
+            BLOCK=block,
+            num_warps=4,
+        )
+    return outputs
+
+
+def _launch(tokens, gates, numbers, surroundings, states, outputs, heads, solver, scale, eps, options) -> None:
+    query, key, value = tokens
+    batch, length, query_heads, width = query.shape
+    block = max(16, triton.next_power_of_2(width))
+    value_block = max(16, triton.next_power_of_2(value.shape[-1]))
+    mixed = torch.empty(2, batch, length, heads, width, dtype=torch.float32, device=query.device)
+    step_kernel[(batch * heads,)](
+        query,
+        key,
+        value,
+        *(query if t is None else t for t in gates),
+        query if numbers is None else numbers,
+        *surroundings,
+        *states,
+        mixed,
+        outputs,
+        length,
+        heads,
+        query_heads,
+        key.shape[2],
+        value.shape[2],
+        solver.iterations,
+        solver.ridge_ratio,
+        STEP_TOLERANCE.get(query.dtype, HALF_STEP_TOLERANCE),
+        scale,
+        eps,
+        METHOD=method(solver),
+        GATED=gates[3] is not None,
+        MIXED=gates[2] is not None,
+        OUTPUT_GATED=gates[4] is not None,
+        PACKED=numbers is not None,
+        BLOCK=block,
+        VALUE_BLOCK=value_block,
+        **options,
+        num_warps=4 if max(block, value_block) > 64 else 2,
+    )
