@@ -73,4 +73,4 @@ def _interpreting() -> bool:
     """Whether TRITON_INTERPRET=1 runs Triton's kernels on the CPU."""
     import triton
 
-    return bool(triton.knobs.runtime.interpret)
+    return bool(triton.knobs.runtime.interpret)  # pyright: ignore[reportAttributeAccessIssue]

@@ -26,6 +26,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from kalman_kernels import GKASolver, GKAState, Segments, causal_conv, gated_kalmanet
+from kalman_kernels.gka import MixerInputs, MixerOptions, gka_mixer_step, serves_mixer_step
 
 from ..cache import swap_cache_layers
 from ..decoder import DecoderAttention, DecoderLayer, build_decoder, run_decoder
@@ -173,6 +174,8 @@ class GKAMixer(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """What the output is linear in: (B, T, H Dv) for `o_proj`, and (B, T, K Gv Dv) for `local_proj` or None."""
         layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        if layer is not None and self._steps(hidden_states, segments, layer):
+            return self._step(hidden_states, segments, layer)
         (q_past, gram), (k_past, value_key), (v_past, _) = (
             (layer.read(slot) for slot in range(3)) if layer is not None else ((None, None),) * 3
         )
@@ -207,6 +210,60 @@ class GKAMixer(nn.Module):
             layer.cumulative_length += hidden_states.shape[1]
         gate = self.g_proj(hidden_states).view_as(outputs) if self.config.use_output_gate else None
         return self.o_norm(outputs, gate).flatten(-2), local
+
+    def _steps(self, hidden_states: Tensor, segments: Segments | None, layer) -> bool:
+        """Whether the fused step serves this call: one new token, or a few unpadded ones without `local_proj`."""
+        config = self.config
+        length, widths = hidden_states.shape[1], (config.linear_key_head_dim, config.linear_value_head_dim)
+        plain = not (self.expand_key or self.expand_value) and config.linear_conv_kernel_dim > 1
+        return (
+            plain
+            and (length == 1 or not (config.use_local_values or segments is not None))
+            and (segments is None or segments.reset is None)
+            and all(layer.has_previous_state[slot] for slot in range(2))
+            and serves_mixer_step(hidden_states, *widths, length, self.solver, config.implementation)
+        )
+
+    def _step(self, hidden_states: Tensor, segments: Segments | None, layer) -> tuple[Tensor, Tensor | None]:
+        """`features` through one fused operator, states replaced in place."""
+        config = self.config
+        key_dim, value_dim = config.linear_key_head_dim, config.linear_value_head_dim
+        (q_past, gram), (k_past, value_key), (v_past, _) = (layer.read(slot) for slot in range(3))
+        value, local = self.v_proj(hidden_states), None
+        if config.use_local_values:
+            local = torch.cat([v_past, value.transpose(1, 2)], dim=-1).flatten(1)[:, None]
+        gate = self.g_proj(hidden_states) if config.use_output_gate else None
+        inputs = MixerInputs(
+            self.q_proj(hidden_states).unflatten(-1, (-1, key_dim)),
+            self.k_proj(hidden_states).unflatten(-1, (-1, key_dim)),
+            value.unflatten(-1, (-1, value_dim)),
+            self.a_proj(hidden_states) if config.use_decay else None,
+            self.alpha_proj(hidden_states) if config.use_solution_mix else None,
+            self.b_proj(hidden_states) if config.use_input_gate else None,
+            None if gate is None else gate.unflatten(-1, (-1, value_dim)),
+            q_past,
+            k_past,
+            v_past,
+            self.q_conv1d.weight[:, 0],
+            self.k_conv1d.weight[:, 0],
+            self.v_conv1d.weight[:, 0] if config.use_value_conv else None,
+            self.A_log if config.use_decay else None,
+            self.dt_bias if config.use_decay else None,
+            self.o_norm.weight,
+            gram,
+            value_key,
+            None if segments is None or segments.valid is None else segments.valid.to(torch.int8),
+        )
+        options = MixerOptions(
+            config.key_activation == "silu",
+            config.value_activation == "silu",
+            config.decay_key_gram,
+            key_dim**-0.5 if config.scale_output else 1.0,
+            config.rms_norm_eps,
+        )
+        outputs = gka_mixer_step(inputs, self.solver, options)
+        layer.cumulative_length += hidden_states.shape[1]
+        return outputs.flatten(-2), local
 
     def _convolve(self, inputs: Tensor, conv: ShortConvolution, past: Tensor | None, segments: Segments | None):
         return conv(inputs, past, segments, self.config.implementation)

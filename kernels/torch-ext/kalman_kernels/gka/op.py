@@ -223,7 +223,7 @@ def _triton(
     batch, length = inputs.query.shape[:2]
     if segments.valid is not None:
         valid = segments.valid.expand(batch, length)
-        inputs = TritonInputs(
+        inputs = TritonInputs(  # pyright: ignore[reportCallIssue]
             *(
                 None if t is None else torch.where(valid.view(batch, length, *[1] * (t.ndim - 2)), t, 0)
                 for t in inputs[:6]

@@ -7,18 +7,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .mixer import MixerInputs, MixerOptions
 from .reference import CG_FLOOR, GKASolver
 from .triton_common import long
 from .triton_forward import TritonInputs, method
 
-__all__ = ["MAX_STEP", "MixerInputs", "gka_mixer_step", "gka_triton_step"]
+__all__ = ["MAX_STEP", "gka_triton_mixer_step", "gka_triton_step"]
 
 # Tokens that one launch takes: beyond, the chunks are faster.
 MAX_STEP = 8
@@ -99,6 +98,7 @@ def step_kernel(
     input_gate,
     output_gate,
     numbers,
+    valid,
     query_past,
     key_past,
     value_past,
@@ -133,6 +133,7 @@ def step_kernel(
     MIXED: tl.constexpr,
     OUTPUT_GATED: tl.constexpr,
     PACKED: tl.constexpr,
+    PADDED: tl.constexpr,
     EVERY: tl.constexpr,
     TAPS: tl.constexpr,
     KEY_SILU: tl.constexpr,
@@ -193,6 +194,9 @@ def step_kernel(
             number = tl.load(numbers + batch * length + token)
             keep = tl.where(number == previous, keep, 0.0)
             previous = number
+        if PADDED:
+            there = tl.load(valid + batch * length + token) != 0
+            k, q, keep = tl.where(there, k, 0.0), tl.where(there, q, 0.0), tl.where(there, keep, 1.0)
         gram = gram * keep + k[:, None] * k[None, :]
         if EVERY:
             tl.store(grams + place * WIDTH * WIDTH + offset, gram, mask=mask)
@@ -243,6 +247,9 @@ def step_kernel(
             number = tl.load(numbers + batch * length + token)
             keep = tl.where(number == previous, keep, 0.0)
             previous = number
+        if PADDED:
+            there = tl.load(valid + batch * length + token) != 0
+            v, keep = tl.where(there, v, 0.0), tl.where(there, keep, 1.0)
         state = state * keep + v[:, None] * k[None, :]
         if EVERY:
             tl.store(value_keys + place * VALUE_WIDTH * WIDTH + offset, state, mask=mask)
@@ -275,31 +282,37 @@ def shift_kernel(
     query_past,
     key_past,
     value_past,
+    valid,
     length,
     query_channels,
     key_channels,
     value_channels,
+    PADDED: tl.constexpr,
     TAPS: tl.constexpr,
     PAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The last TAPS - 1 tokens of each of three convolutions, (B, C, TAPS - 1), in place."""
+    """The last TAPS - 1 tokens of each of three convolutions, (B, C, TAPS - 1), in place. PADDED: a single token."""
     batch, which = long(tl.program_id(1)), tl.program_id(2)
+    tokens = length
+    if PADDED:
+        # A token that is padding does not move the window: as if there were none.
+        length = length * (tl.load(valid + batch) != 0).to(tl.int32)
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     if which == 0:
-        _shift(query, query_past, batch, channel, length, query_channels, TAPS, PAST)
+        _shift(query, query_past, tokens * query_channels, batch, channel, length, query_channels, TAPS, PAST)
     elif which == 1:
-        _shift(key, key_past, batch, channel, length, key_channels, TAPS, PAST)
+        _shift(key, key_past, tokens * key_channels, batch, channel, length, key_channels, TAPS, PAST)
     else:
-        _shift(value, value_past, batch, channel, length, value_channels, TAPS, PAST)
+        _shift(value, value_past, tokens * value_channels, batch, channel, length, value_channels, TAPS, PAST)
 
 
 @triton.jit
-def _shift(raw, past, batch, channel, length, channels, TAPS: tl.constexpr, PAST: tl.constexpr):
+def _shift(raw, past, stride, batch, channel, length, channels, TAPS: tl.constexpr, PAST: tl.constexpr):
     slot = tl.arange(0, PAST)
     mask = (channel < channels)[:, None] & (slot < TAPS - 1)[None, :]
     token = length - (TAPS - 1) + slot
-    raw += batch * length * channels
+    raw += batch * stride
     past += batch * channels * (TAPS - 1)
     fresh = tl.load(
         raw + token[None, :] * channels + channel[:, None], mask=mask & (token >= 0)[None, :], other=0.0
@@ -340,6 +353,7 @@ def gka_triton_step(
         (inputs.query, inputs.key, inputs.value),
         (decay, inputs.key_log_decay, inputs.solution_mix, inputs.input_gate, None),
         numbers,
+        None,
         (none,) * 9,
         (*state, *after, *trail),
         outputs,
@@ -353,40 +367,7 @@ def gka_triton_step(
     return outputs, *after, *trail
 
 
-class MixerInputs(NamedTuple):
-    """Raw projections of a few tokens and the parameters of everything between them and the output projection."""
-
-    query: Tensor  # (B, T, Hq, Dk)
-    key: Tensor  # (B, T, G, Dk)
-    value: Tensor  # (B, T, Gv, Dv)
-    decay_step: Tensor | None  # (B, T, H), before dt_bias and softplus
-    solution_mix: Tensor | None  # (B, T, H), before the sigmoid
-    input_gate: Tensor | None  # (B, T, H), before the sigmoid
-    output_gate: Tensor | None  # (B, T, H, Dv), before SiLU
-    query_past: Tensor  # (B, Hq Dk, K - 1), replaced
-    key_past: Tensor  # (B, G Dk, K - 1), replaced
-    value_past: Tensor | None  # (B, Gv Dv, K - 1), replaced
-    query_taps: Tensor  # (Hq Dk, K)
-    key_taps: Tensor  # (G Dk, K)
-    value_taps: Tensor | None  # (Gv Dv, K), None for values without a convolution
-    decay_rate: Tensor | None  # (H,), A_log
-    decay_bias: Tensor | None  # (H,), dt_bias
-    norm_weight: Tensor  # (Dv,)
-    key_gram: Tensor  # (B, H, Dk, Dk) float32, replaced
-    value_key: Tensor  # (B, H, Dv, Dk) float32, replaced
-
-
-class MixerOptions(NamedTuple):
-    """What the layer's configuration says about a step."""
-
-    key_silu: bool
-    value_silu: bool
-    decay_gram: bool
-    scale: float
-    eps: float
-
-
-def gka_mixer_step(inputs: MixerInputs, solver: GKASolver, options: MixerOptions) -> Tensor:
+def gka_triton_mixer_step(inputs: MixerInputs, solver: GKASolver, options: MixerOptions) -> Tensor:
     """RMSNorm(GKA(conv(q), conv(k), conv(v))) * SiLU(gate) for a few tokens, (B, T, H, Dv), in two launches.
 
     Convolution contexts and states are replaced in place. Everything is rounded to the dtype of the projections where
@@ -415,6 +396,7 @@ def gka_mixer_step(inputs: MixerInputs, solver: GKASolver, options: MixerOptions
         (inputs.query, inputs.key, inputs.value),
         (inputs.decay_step, None, inputs.solution_mix, inputs.input_gate, inputs.output_gate),
         None,
+        inputs.valid,
         tuple(none if t is None else t for t in surroundings),
         (*states, *states, none, none),
         outputs,
@@ -437,8 +419,10 @@ def gka_mixer_step(inputs: MixerInputs, solver: GKASolver, options: MixerOptions
             inputs.query_past,
             inputs.key_past,
             inputs.value_past if with_value else inputs.key_past,
+            inputs.key if inputs.valid is None else inputs.valid,
             length,
             *channels,
+            PADDED=inputs.valid is not None,
             TAPS=taps,
             PAST=triton.next_power_of_2(taps - 1),
             BLOCK=block,
@@ -447,7 +431,7 @@ def gka_mixer_step(inputs: MixerInputs, solver: GKASolver, options: MixerOptions
     return outputs
 
 
-def _launch(tokens, gates, numbers, surroundings, states, outputs, heads, solver, scale, eps, options) -> None:
+def _launch(tokens, gates, numbers, valid, surroundings, states, outputs, heads, solver, scale, eps, options) -> None:
     query, key, value = tokens
     batch, length, query_heads, width = query.shape
     block = max(16, triton.next_power_of_2(width))
@@ -459,6 +443,7 @@ def _launch(tokens, gates, numbers, surroundings, states, outputs, heads, solver
         value,
         *(query if t is None else t for t in gates),
         query if numbers is None else numbers,
+        query if valid is None else valid,
         *surroundings,
         *states,
         mixed,
@@ -478,6 +463,7 @@ def _launch(tokens, gates, numbers, surroundings, states, outputs, heads, solver
         MIXED=gates[2] is not None,
         OUTPUT_GATED=gates[4] is not None,
         PACKED=numbers is not None,
+        PADDED=valid is not None,
         BLOCK=block,
         VALUE_BLOCK=value_block,
         **options,
