@@ -15,7 +15,8 @@ from sklearn.linear_model import Ridge
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kalman_kernels import GKASolver, GKAState, Segments, gated_kalmanet
-from kalman_kernels.gka import chunked
+from kalman_kernels.dispatch import choose
+from kalman_kernels.gka import IMPLEMENTATIONS, chunked
 
 LENGTHS = (1, 5, 63, 64, 65, 130)
 KINDS = ("plain", "packed", "padded", "packed+padded")
@@ -369,7 +370,25 @@ def test_refuses(change, message):
         gated_kalmanet(**{"query": query, "key": key, "value": value, **change})
 
 
-def test_an_implementation_that_does_not_exist_names_those_that_do():
-    query, key, value = make_inputs(5, dtype=torch.float32)[:3]
+@pytest.mark.parametrize(
+    ("dtype", "solver", "width", "message"),
+    [
+        (torch.float64, GKASolver("cg"), 8, "does not take float64; use implementation='torch'"),
+        (torch.float32, GKASolver("exact"), 8, "does not take solver.method='exact'"),
+        (torch.float32, GKASolver("cg"), 130, "does not take widths above 128 .130 and 6."),
+    ],
+)
+def test_the_triton_kernels_say_what_they_do_not_take(dtype, solver, width, message):
+    query, key, value = make_inputs(3, dtype=dtype, width=width)[:3]
+    with pytest.raises(NotImplementedError, match=message):
+        gated_kalmanet(query, key, value, solver=solver, implementation="triton")
+
+
+def test_auto_says_why():
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert choose("op", "auto", IMPLEMENTATIONS, cuda).implementation == "triton"
+    assert choose("op", "auto", IMPLEMENTATIONS, cpu) == ("torch", "the device is 'cpu'")
+    assert choose("op", "auto", IMPLEMENTATIONS, cuda, "float64") == ("torch", "the Triton kernels do not take float64")
+    assert choose("op", "auto", ("torch", "reference"), cuda).implementation == "torch"
     with pytest.raises(NotImplementedError, match="use one of"):
-        gated_kalmanet(query, key, value, implementation="triton")
+        choose("op", "triton", ("torch", "reference"), cuda)

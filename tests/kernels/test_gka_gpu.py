@@ -31,7 +31,7 @@ def test_torch_path(length, kind, solver, dtype, bound):
     options = {"solver": solver, "implementation": implementation, "segments": segments}
     expected = (call(inputs, **options)[0], *gradients(inputs, cotangents, **options))
     there = [t.to("cuda", dtype) for t in inputs]
-    options = {"solver": solver, "segments": on_gpu(segments)}
+    options = {"solver": solver, "segments": on_gpu(segments), "implementation": "torch"}
     outputs = call(there, **options)[0]
     fast = (outputs, *gradients(there, [c.to("cuda", dtype) for c in cotangents], **options))
     errors = {n: relative_error(a.cpu(), b) for n, a, b in zip(("outputs", *NAMES), fast, expected, strict=True)}

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from typing import Literal, NamedTuple
 
 import torch
 
-__all__ = ["HAS_TRITON", "Choice", "Implementation", "choose"]
+__all__ = ["HAS_TRITON", "INTERPRETED", "Choice", "Implementation", "choose"]
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+# TRITON_INTERPRET=1 runs the kernels on the CPU, for tests. Triton reads it where a kernel is defined.
+INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 Implementation = Literal["auto", "reference", "torch", "triton"]
 
@@ -61,16 +64,9 @@ def choose(
         raise NotImplementedError(
             f"{name}: implementation='triton' does not take {refusal}; use implementation='torch'."
         )
-    if implementation == "triton" and device.type != "cuda" and not _interpreting():
+    if implementation == "triton" and device.type != "cuda" and not INTERPRETED:
         raise NotImplementedError(
             f"{name}: implementation='triton' needs a CUDA tensor, got device {str(device)!r}; use "
             "implementation='torch'."
         )
     return Choice(implementation, "asked for")
-
-
-def _interpreting() -> bool:
-    """Whether TRITON_INTERPRET=1 runs Triton's kernels on the CPU."""
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)  # pyright: ignore[reportAttributeAccessIssue]

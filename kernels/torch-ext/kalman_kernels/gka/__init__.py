@@ -8,11 +8,11 @@ __all__ = [
     "IMPLEMENTATIONS",
     "GKASolver",
     "GKAState",
+    "MixerInputs",
+    "MixerOptions",
     "gated_kalmanet",
     "gated_kalmanet_reference",
     "gated_kalmanet_step",
     "gka_mixer_step",
-    "MixerInputs",
-    "MixerOptions",
     "serves_mixer_step",
 ]

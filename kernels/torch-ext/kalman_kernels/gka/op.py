@@ -154,10 +154,20 @@ def gated_kalmanet_step(
     dtypes are those of `gated_kalmanet`.
 
     Args:
+        query: (B, T, H, Dk), T small; see `gated_kalmanet`.
+        key: (B, T, G, Dk).
+        value: (B, T, Gv, Dv).
+        log_decay: (B, T, H) or None.
+        solution_mix: (B, T, H) or None.
         state: float32 states before the first token.
+        key_log_decay: (B, T, H) or None.
+        input_gate: (B, T, H) or None.
+        solver: how x_t is computed.
+        scale: factor on the output; Dk ** -0.5 when None.
         in_place: overwrite `state` and return it.
         every_state: also return the states after each token, (B, T, H, Dk, Dk) and (B, T, H, Dv, Dk): what
             speculative decoding needs to take back rejected tokens.
+        implementation: as in `gated_kalmanet`.
 
     Returns:
         `(outputs, final_state, states)`, the last None unless `every_state`.

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dispatch import INTERPRETED
 from .reference import CG_FLOOR
 
 METHODS = {"none": 0, "cg": 1, "chebyshev": 2}
@@ -38,7 +39,7 @@ def long(number):
 
 @triton.jit
 def power_of_two(size):
-    """The smallest power of two above a float32 (1 for 0), and its inverse: multiplying by it is exact."""
+    """A power of two above a float32 (1 for 0), and its inverse: multiplying by it is exact."""
     bits = (size.to(tl.int32, bitcast=True) & 0x7F800000) + 0x00800000
     bits = tl.where(size > 0, bits, 0x3F800000)
     return bits.to(tl.float32, bitcast=True), (0x7F000000 - bits).to(tl.float32, bitcast=True)
@@ -250,7 +251,7 @@ def plan(query: Tensor, value_width: int) -> Plan:
     block = max(16, triton.next_power_of_2(query.shape[-1]))
     value_block = max(16, triton.next_power_of_2(value_width))
     wide = query.dtype == torch.float32
-    chunk = 16 if interpreting() else 32 if wide and max(block, value_block) > 64 else 64
+    chunk = 16 if INTERPRETED else 32 if wide and max(block, value_block) > 64 else 64
     return Plan(
         chunk,
         block,
@@ -280,8 +281,3 @@ def launch(config: Plan, kernel: str) -> dict:
     if max(config.block, config.value_block) <= 64:
         return options
     return options | (WIDE_LAUNCH if config.operand == tl.float32 else LAUNCH.get(kernel, {}))
-
-
-def interpreting() -> bool:
-    """Whether Triton runs kernels in its interpreter, on the CPU."""
-    return bool(triton.knobs.runtime.interpret)

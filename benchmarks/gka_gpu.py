@@ -1,0 +1,371 @@
+"""Speed and memory of the Gated KalmaNet kernels on a GPU, beside `mesa_net` of flash-linear-attention in one process.
+
+    python benchmarks/gka_gpu.py [--sections prefill decode scaling ceilings]
+
+`mesa_net` (fla-core 0.6.0, the same ridge regression with a fixed ridge and 30 conjugate-gradient steps) takes part
+when it is installed. Forward is timed without gradients, forward+backward with gradients of every input but the state.
+"""
+
+import argparse
+import importlib.metadata
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from record import RESULTS, environment, write
+
+from kalman_kernels import GKASolver, GKAState, gated_kalmanet, gated_kalmanet_step
+from kalman_kernels.gka import MixerInputs, MixerOptions, gka_mixer_step
+
+# (B, T, H, D)
+PREFILL = [(8, 2048, 16, 128), (1, 32768, 16, 128), (1, 131072, 16, 128)]
+OTHER = [(8, 2048, 32, 128), (8, 2048, 16, 64), (8, 2048, 9, 64)]
+DECAYS = (0.9, 0.99, 0.999)
+DECODE = [
+    (1, 16, 128),
+    (8, 16, 128),
+    (64, 16, 128),
+    (256, 16, 128),
+    (1024, 16, 128),
+    (1, 9, 64),
+    (64, 9, 64),
+    (256, 9, 64),
+]
+SCALING = [2**n for n in range(11, 21)]
+
+
+def milliseconds(function, repeats=15, warmup=3):
+    """Median, 20th and 80th percentile of device time."""
+    for _ in range(warmup):
+        function()
+    samples = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        samples.append(start.elapsed_time(end))
+    cuts = statistics.quantiles(samples, n=5)
+    return {"median_ms": round(statistics.median(samples), 4), "p20_ms": round(cuts[0], 4), "p80_ms": round(cuts[3], 4)}
+
+
+def replayed(function, launches=20):
+    """Milliseconds of one call inside a CUDA graph of `launches` calls."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(launches):
+            function()
+    return {key: round(value / launches, 5) for key, value in milliseconds(graph.replay).items()}
+
+
+def extra_memory(function):
+    """Peak MiB above what was allocated before the call."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+
+
+def problem(batch, length, heads, width, decay, dtype=torch.bfloat16, seed=0):
+    """Unit queries and keys, decays around `decay` (exponents .5 to 1.5 of it), random mixture and gate."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, device="cuda", dtype=torch.float32)
+
+    def uniform():
+        return torch.rand(batch, length, heads, generator=generator, device="cuda")
+
+    unit = torch.nn.functional.normalize
+    query, key = (unit(normal(batch, length, heads, width), dim=-1).to(dtype) for _ in range(2))
+    value = normal(batch, length, heads, width).to(dtype)
+    log_decay = torch.tensor(decay).log().item() * (0.5 + uniform())
+    return [query, key, value, log_decay, uniform(), uniform()]
+
+
+def ours(tensors, solver):
+    query, key, value, log_decay, mix, gate = tensors
+    return gated_kalmanet(query, key, value, log_decay, mix, input_gate=gate, solver=solver)[0]
+
+
+def mesa():
+    try:
+        from fla.ops.mesa_net import chunk_mesa_net
+    except ImportError:
+        return None
+
+    def call(tensors):
+        query, key, value, log_decay, _, gate = tensors
+        ridge = torch.full(query.shape[2:], 0.25, device="cuda")
+        return chunk_mesa_net(query, key, value, log_decay, gate, ridge, max_CG_iteration=30)[0]
+
+    return call
+
+
+def measured(call, tensors):
+    """Times and memory of forward, and of forward and backward."""
+    started = time.perf_counter()
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    cotangent = torch.randn_like(call(leaves))
+
+    def both():
+        outputs = call(leaves)
+        torch.autograd.grad(outputs, leaves, cotangent, allow_unused=True)
+
+    def forward():
+        with torch.no_grad():
+            call(leaves)
+
+    both()
+    forward()
+    torch.cuda.synchronize()
+    first = round(time.perf_counter() - started, 2)
+    return {
+        "first_call_s": first,
+        "forward": {**milliseconds(forward), "extra_mib": extra_memory(forward)},
+        "forward_backward": {**milliseconds(both), "extra_mib": extra_memory(both)},
+    }
+
+
+def prefill(rows, save):
+    peer = mesa()
+    for shape in [*PREFILL, *OTHER]:
+        for decay in DECAYS if shape in PREFILL[:1] else DECAYS[1:]:
+            tensors = problem(*shape, decay)
+            cases = {"cg 20": lambda t: ours(t, GKASolver("cg", 20))}
+            if decay == 0.99:
+                cases["chebyshev 30"] = lambda t: ours(t, GKASolver("chebyshev", 30))
+                if peer is not None and shape in PREFILL:
+                    cases["mesa_net 30"] = peer
+            for name, call in cases.items():
+                row = {"shape": shape, "decay": decay, "case": name, **measured(call, tensors)}
+                rows.append(row)
+                save()
+                print(
+                    f"{shape} {decay} {name}: {row['forward']['median_ms']} ms {row['forward']['extra_mib']} MiB, "
+                    f"{row['forward_backward']['median_ms']} ms {row['forward_backward']['extra_mib']} MiB, first call "
+                    f"{row['first_call_s']} s",
+                    flush=True,
+                )
+
+
+def ratios(rows):
+    """Times and memory of the peer over ours, by shape and decay."""
+    out = []
+    peers = {tuple(r["shape"]): r for r in rows if r["case"].startswith("mesa_net")}
+    for row in rows:
+        peer = peers.get(tuple(row["shape"]))
+        if peer is None or row is peer:
+            continue
+        out.append(
+            {
+                "shape": row["shape"],
+                "decay": row["decay"],
+                "case": row["case"],
+                **{
+                    f"{kind}_speedup": round(peer[kind]["median_ms"] / row[kind]["median_ms"], 2)
+                    for kind in ("forward", "forward_backward")
+                },
+                "memory_ratio": round(row["forward_backward"]["extra_mib"] / peer["forward_backward"]["extra_mib"], 3),
+            }
+        )
+    return out
+
+
+def mixer_inputs(batch, heads, width, dtype=torch.bfloat16, taps=4):
+    def normal(*shape):
+        return torch.randn(*shape, device="cuda", dtype=dtype)
+
+    channels = heads * width
+    root = torch.randn(heads, width, width, device="cuda")
+    gram = (root @ root.mT / width).expand(batch, -1, -1, -1).contiguous()
+    return MixerInputs(
+        *(normal(batch, 1, heads, width) for _ in range(3)),
+        *(normal(batch, 1, heads) for _ in range(3)),
+        normal(batch, 1, heads, width),
+        *(normal(batch, channels, taps - 1) for _ in range(3)),
+        *(normal(channels, taps) for _ in range(3)),
+        torch.zeros(heads, device="cuda"),
+        torch.full((heads,), -4.0, device="cuda"),
+        torch.ones(width, device="cuda", dtype=dtype),
+        gram,
+        torch.randn(batch, heads, width, width, device="cuda"),
+        None,
+    )
+
+
+def decode(rows, save):
+    solver = GKASolver("cg", 20)
+    for batch, heads, width in DECODE:
+        inputs = mixer_inputs(batch, heads, width)
+        state = GKAState(inputs.key_gram, inputs.value_key)
+        moved = 2 * 4 * 2 * batch * heads * width * width
+        row = {"batch": batch, "heads": heads, "width": width, "state_bytes_moved": moved}
+
+        def step(count, every=False, batch=batch, heads=heads, width=width, state=state):
+            tensors = problem(batch, count, heads, width, 0.99)
+            query, key, value, log_decay, mix, gate = tensors
+            return lambda: gated_kalmanet_step(
+                query,
+                key,
+                value,
+                log_decay,
+                mix,
+                input_gate=gate,
+                state=state,
+                solver=solver,
+                in_place=True,
+                every_state=every,
+            )
+
+        options = MixerOptions(True, True, True, width**-0.5, 1e-6)
+        cases = {
+            "step": step(1),
+            "mixer_step": lambda inputs=inputs, options=options: gka_mixer_step(inputs, solver, options),
+            "step_4_tokens": step(4),
+        }
+        for name, call in cases.items():
+            eager = milliseconds(call)
+            graph = replayed(call)
+            row[name] = {"eager": eager, "graph": graph}
+            row[name]["state_tb_per_s"] = round(moved / graph["median_ms"] / 1e9, 3)
+        rows.append(row)
+        save()
+        print(
+            f"decode {batch}x{heads}x{width}: "
+            + ", ".join(
+                f"{n} {row[n]['graph']['median_ms'] * 1e3:.1f} us ({row[n]['state_tb_per_s']} TB/s, eager "
+                f"{row[n]['eager']['median_ms'] * 1e3:.0f})"
+                for n in cases
+            ),
+            flush=True,
+        )
+
+
+def scaling(rows, save, heads=8, width=128):
+    for length in SCALING:
+        tensors = problem(1, length, heads, width, 0.99)
+        row = {"length": length, "heads": heads, "width": width}
+        row.update(measured(lambda t: ours(t, GKASolver("cg", 20)), tensors))
+        del tensors
+        torch.cuda.empty_cache()
+        rows.append(row)
+        save()
+        print(
+            f"T {length}: {row['forward']['median_ms']} / {row['forward_backward']['median_ms']} ms, "
+            f"{row['forward_backward']['extra_mib']} MiB",
+            flush=True,
+        )
+
+
+def ceilings():
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    copy = milliseconds(lambda: target.copy_(source))["median_ms"]
+    left = torch.randn(8192, 8192, device="cuda", dtype=torch.float16)
+    product = milliseconds(lambda: left @ left)["median_ms"]
+    return {
+        "copy_tb_per_s": round(2 * 2**30 / copy / 1e9, 2),
+        "float16_matmul_tflops": round(2 * 8192**3 / product / 1e9, 1),
+    }
+
+
+def plot(folder, rows):
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(5, 3.5))
+    lengths = [r["length"] for r in rows]
+    for kind, label, style in (("forward", "forward", "o-"), ("forward_backward", "forward + backward", "s--")):
+        axes.loglog(lengths, [r[kind]["median_ms"] for r in rows], style, color="black", label=label)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("milliseconds")
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(Path(folder) / "gka_gpu_scaling.png", dpi=150)
+
+
+def tune():
+    """Times of every chunk kernel under the launch options worth trying, best first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from kalman_kernels.gka import triton_common
+
+    tensors = [t.requires_grad_() for t in problem(8, 2048, 16, 128, 0.99)]
+    times = {}
+    for options in (
+        {"num_warps": 4},
+        {"num_warps": 8},
+        {"num_warps": 8, "maxnreg": 128},
+        {"num_warps": 4, "maxnreg": 168},
+    ):
+        kernels = [
+            "walk",
+            "read",
+            "solve",
+            "adjoint_read",
+            "adjoint_query",
+            "adjoint_increments",
+            "adjoint_gram",
+            "adjoint_value",
+        ]
+        triton_common.LAUNCH.update(dict.fromkeys(kernels, options))
+        for _ in range(2):
+            with profile(activities=[ProfilerActivity.CUDA]) as trace:
+                ours(tensors, GKASolver("cg", 20)).sum().backward()
+                torch.cuda.synchronize()
+        for event in trace.key_averages():
+            if event.key.removesuffix("_kernel") in kernels:
+                times.setdefault(event.key, []).append((round(event.device_time_total / 1e3, 3), options))
+    for kernel, found in times.items():
+        print(kernel, sorted(found, key=lambda pair: pair[0]))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sections", nargs="+", default=["ceilings", "decode", "prefill", "scaling"])
+    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    if options.tune:
+        tune()
+        return
+    result = {"environment": environment("cuda"), "dtype": "bfloat16", "prefill": [], "decode": [], "scaling": []}
+    try:
+        result["environment"]["versions"]["fla-core"] = importlib.metadata.version("fla-core")
+    except importlib.metadata.PackageNotFoundError:
+        pass
+
+    def save():
+        result["ratios"] = ratios(result["prefill"])
+        write("gka_gpu", result, options.output)
+
+    if "ceilings" in options.sections:
+        result["ceilings"] = ceilings()
+        print(result["ceilings"], flush=True)
+    for name, section in (("decode", decode), ("prefill", prefill), ("scaling", scaling)):
+        if name in options.sections:
+            section(result[name], save)
+    save()
+    for row in result["ratios"]:
+        print(row)
+    plot(options.output, result["scaling"])
+
+
+if __name__ == "__main__":
+    main()

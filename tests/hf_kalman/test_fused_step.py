@@ -1,0 +1,45 @@
+"""The fused generation step against the layer's separate operators, in Triton's interpreter or on a GPU."""
+
+import pytest
+import torch
+from tiny import tiny_model, tokens
+
+pytest.importorskip("triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPES = {
+    "published": {},
+    "converted": {"use_local_values": True, "value_activation": "identity", "key_activation": "identity"},
+    "bare": {"use_value_conv": False, "use_output_gate": False, "use_solution_mix": False, "decay_key_gram": False},
+    "wide keys": {"use_decay": False, "use_input_gate": False, "linear_num_query_heads": 2, "linear_num_key_heads": 4},
+}
+
+
+def continued(model, implementation, ids, mask):
+    """Logits of single tokens, of one that is padding in one row, and of three at once, after a padded prefix."""
+    model.config.implementation = "torch"
+    with torch.no_grad():
+        cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+        model.config.implementation = implementation
+        logits = []
+        for step, column in enumerate(([1, 1], [1, 0], [1, 1])):
+            mask = torch.cat([mask, torch.tensor(column, device=mask.device)[:, None]], dim=1)
+            out = model(ids[:, step : step + 1], attention_mask=mask, past_key_values=cache)
+            logits.append(out.logits[torch.tensor(column, device=mask.device).bool()].flatten())
+        logits.append(model(ids[:, 3:6], past_key_values=cache).logits.flatten())
+    return torch.cat(logits).double()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-5), (torch.float16, 1e-2)])
+@pytest.mark.parametrize("gpu", [pytest.param(True, marks=pytest.mark.gpu), False])
+def test_fused_step_is_the_layer(shape, dtype, bound, gpu):
+    if gpu != torch.cuda.is_available():
+        pytest.skip("runs compiled on a GPU, interpreted elsewhere")
+    model = tiny_model(["linear_attention"], **SHAPES[shape]).to(DEVICE, dtype)
+    ids = tokens(2, 9).to(DEVICE)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    expected = continued(model, "torch", ids, mask)
+    found = continued(model, "triton", ids, mask)
+    assert ((found - expected).norm() / expected.norm()).item() <= bound
