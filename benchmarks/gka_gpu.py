@@ -7,6 +7,7 @@ when it is installed. Forward is timed without gradients, forward+backward with 
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import statistics
 import time
@@ -346,10 +347,8 @@ def main():
         tune()
         return
     result = {"environment": environment("cuda"), "dtype": "bfloat16", "prefill": [], "decode": [], "scaling": []}
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         result["environment"]["versions"]["fla-core"] = importlib.metadata.version("fla-core")
-    except importlib.metadata.PackageNotFoundError:
-        pass
 
     def save():
         result["ratios"] = ratios(result["prefill"])

@@ -1,4 +1,7 @@
-"""Runs the tests that need a GPU and writes their outcomes to results/gpu_tests.json."""
+"""Runs the tests that need a GPU and writes their outcomes to results/gpu_tests.json.
+
+Further arguments go to pytest; with pytest-xdist, `-n 12` compiles the kernels in parallel.
+"""
 
 import argparse
 import sys
@@ -23,9 +26,9 @@ class Collector:
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=RESULTS)
-    options = parser.parse_args()
+    options, extra = parser.parse_known_args()
     collector = Collector()
-    status = pytest.main(["-m", "gpu", "-q", "-p", "no:cacheprovider"], plugins=[collector])
+    status = pytest.main(["-m", "gpu", "-q", "-p", "no:cacheprovider", *extra], plugins=[collector])
     counts = {o: sum(e["outcome"] == o for e in collector.outcomes.values()) for o in ("passed", "failed", "skipped")}
     write("gpu_tests", {"environment": environment("cuda"), **counts, "tests": collector.outcomes}, options.output)
     return int(status)

@@ -185,11 +185,8 @@ def gated_kalmanet_step(
     if choice.implementation == "triton" and length <= MAX_STEP and all(s.is_contiguous() for s in state):
         factor = query.shape[-1] ** -0.5 if scale is None else scale
         optional = (log_decay, key_log_decay, solution_mix, input_gate)
-        inputs = TritonInputs(
-            *(t.contiguous() for t in (query, key, value)),
-            *(None if t is None else t.contiguous() for t in optional),
-            None,
-        )
+        tensors = (query, key, value, *optional)
+        inputs = TritonInputs._make([*(None if t is None else t.contiguous() for t in tensors), None])
         outputs, gram, value_key, *every = gka_triton_step(inputs, state, solver, factor, in_place, every_state)
         return outputs, GKAState(gram, value_key), GKAState(*every) if every_state else None
     outputs, states, current = [], [], state
@@ -233,21 +230,17 @@ def _triton(
     batch, length = inputs.query.shape[:2]
     if segments.valid is not None:
         valid = segments.valid.expand(batch, length)
-        inputs = TritonInputs(  # pyright: ignore[reportCallIssue]
-            *(
-                None if t is None else torch.where(valid.view(batch, length, *[1] * (t.ndim - 2)), t, 0)
-                for t in inputs[:6]
-            ),  # pyright: ignore[reportArgumentType]
-            torch.where(valid[..., None], valid.new_ones((), dtype=torch.float32), 0).expand(
-                -1, -1, inputs.query.shape[2]
-            )
-            if inputs.input_gate is None
-            else torch.where(valid[..., None], inputs.input_gate, 0),
-            None,
-        )
+        gate = inputs.input_gate
+        if gate is None:
+            gate = torch.ones(*inputs.query.shape[:3], dtype=torch.float32, device=inputs.query.device)
+        masked = [
+            None if t is None else torch.where(valid.view(batch, length, *[1] * (t.ndim - 2)), t, 0)
+            for t in inputs._replace(input_gate=gate)[:7]
+        ]
+        inputs = TritonInputs._make([*masked, None])
     numbers = segments.numbers()
     numbers = None if numbers is None else numbers.to(torch.int32).expand(batch, length).contiguous()
-    inputs = TritonInputs(*(None if t is None else t.contiguous() for t in inputs[:7]), numbers)  # pyright: ignore[reportArgumentType]
+    inputs = TritonInputs._make([*(None if t is None else t.contiguous() for t in inputs[:7]), numbers])
     states = (None, None) if initial is None else tuple(s.float().contiguous() for s in initial)
     differentiable = torch.is_grad_enabled() and any(
         t.requires_grad for t in (*inputs[:7], *states) if isinstance(t, Tensor)

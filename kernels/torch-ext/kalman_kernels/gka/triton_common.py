@@ -33,7 +33,7 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def long(number):
-    """An integer as int64: offsets outgrow int32. (Loop variables of the interpreter are Python numbers.)"""
+    """An integer as int64: offsets outgrow int32, and the interpreter's loop variables are Python numbers."""
     return tl.full((), 0, tl.int64) + number
 
 

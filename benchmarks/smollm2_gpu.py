@@ -1,0 +1,169 @@
+"""Prefill, decoding and training of a converted SmolLM2-135M beside its softmax teacher (SDPA) on a GPU.
+
+    python benchmarks/smollm2_gpu.py SmolLM2-folder
+
+The layers are swapped and not healed: that changes what a model says and not how fast it says it. Decoding is timed as
+a plain loop of forward calls, without a compiler or CUDA graphs.
+"""
+
+import argparse
+import contextlib
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from record import RESULTS, environment, write
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from kalman_conversion import swap_attention
+
+CONTEXTS = [1024, 4096, 16384, 65536]
+STUDENTS = {"6 of 30 layers GKA": [6, 7, 16, 21, 25, 27], "15 of 30 layers GKA": "half", "30 of 30 layers GKA": "all"}
+DECODED, BATCH = 16, 16
+
+
+def seconds(function, repeats=5):
+    samples = []
+    for number in range(repeats + 1):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        function()
+        torch.cuda.synchronize()
+        if number:
+            samples.append(time.perf_counter() - started)
+    return statistics.median(samples), min(samples), max(samples)
+
+
+@torch.no_grad()
+def generation(model, context):
+    """Tokens per second of one prompt's prefill, of BATCH prompts' decoding, and peak memory of both."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    ids = torch.randint(5, 40000, (1, context), generator=generator, device="cuda")
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    median, low, high = seconds(lambda: model(ids, use_cache=True, logits_to_keep=1), repeats=3)
+    row = {
+        "context": context,
+        "prefill_tokens_per_s": round(context / median),
+        "prefill_range": [round(context / high), round(context / low)],
+        "prefill_peak_mib": round((torch.cuda.max_memory_allocated() - before) / 2**20, 1),
+    }
+    for batch in (1, BATCH):
+        cache = DynamicCache(config=model.config)
+        cache = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+        if batch > 1:
+            cache.batch_repeat_interleave(batch)
+        token = ids[:, :1].expand(batch, 1)
+
+        def decode(token=token, cache=cache):
+            for _ in range(DECODED):
+                model(token, past_key_values=cache, use_cache=True)
+
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        median, low, high = seconds(decode, repeats=3)
+        row[f"decode_batch_{batch}"] = {
+            "tokens_per_s": round(batch * DECODED / median, 1),
+            "range": [round(batch * DECODED / high, 1), round(batch * DECODED / low, 1)],
+            "peak_above_cache_mib": round((torch.cuda.max_memory_allocated() - before) / 2**20, 1),
+            "cache_mib": round(cache_mib(cache), 1),
+        }
+        del cache
+    return row
+
+
+def cache_mib(cache):
+    total = 0
+    for layer in cache.layers:
+        held = [layer.keys, layer.values]
+        for name in ("conv_states", "recurrent_states"):
+            held += list(getattr(layer, name, {}).values())
+        total += sum(t.numel() * t.element_size() for t in held if t is not None)
+    return total / 2**20
+
+
+def training(model, batch=4, length=2048):
+    """Tokens per second and peak memory of forward, backward and AdamW in bfloat16."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    ids = torch.randint(5, 40000, (batch, length), device="cuda")
+
+    def step():
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    torch.cuda.reset_peak_memory_stats()
+    median, low, high = seconds(step)
+    model.eval()
+    return {
+        "batch": batch,
+        "length": length,
+        "tokens_per_s": round(batch * length / median),
+        "range": [round(batch * length / high), round(batch * length / low)],
+        "peak_mib": round(torch.cuda.max_memory_allocated() / 2**20),
+    }
+
+
+def plot(folder, rows):
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.4))
+    styles = ["k-o", "k--s", "k-.^", "k:d"]
+    for row, style in zip(rows, styles, strict=False):
+        found = row["generation"]
+        contexts = [r["context"] for r in found]
+        axes[0].loglog(contexts, [r["prefill_tokens_per_s"] for r in found], style, label=row["model"])
+        name = f"decode_batch_{BATCH}"
+        axes[1].loglog(contexts, [r[name]["tokens_per_s"] for r in found], style)
+        axes[2].loglog(contexts, [r[name]["cache_mib"] for r in found], style)
+    for axis, title in zip(axes, ("prefill, tokens/s", f"decoding {BATCH} rows, tokens/s", "cache, MiB"), strict=True):
+        axis.set_xlabel("context")
+        axis.set_title(title, fontsize=9)
+    axes[0].legend(frameon=False, fontsize=7)
+    figure.tight_layout()
+    figure.savefig(Path(folder) / "smollm2_gpu.png", dpi=150)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("teacher", type=Path)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    result = {"environment": environment("cuda"), "dtype": "bfloat16", "models": []}
+    teacher = AutoModelForCausalLM.from_pretrained(options.teacher, dtype=torch.float32)
+    for name in ["softmax teacher", *STUDENTS]:
+        model = teacher if name == "softmax teacher" else swap_attention(teacher, layers=STUDENTS[name])
+        model = model.to("cuda", torch.bfloat16).eval()
+        for key in ("A_log", "dt_bias"):
+            for parameter_name, parameter in model.named_parameters():
+                if parameter_name.endswith(key):
+                    parameter.data = parameter.data.float()
+        row = {"model": name, "generation": []}
+        result["models"].append(row)
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):
+            for context in CONTEXTS:
+                row["generation"].append(generation(model, context))
+                print(name, row["generation"][-1], flush=True)
+                write("smollm2_gpu", result, options.output)
+        row["training"] = training(model)
+        print(name, row["training"], flush=True)
+        write("smollm2_gpu", result, options.output)
+        model.to("cpu")
+        if name == "softmax teacher":
+            teacher = AutoModelForCausalLM.from_pretrained(options.teacher, dtype=torch.float32)
+        del model
+        torch.cuda.empty_cache()
+    plot(options.output, result["models"])
+
+
+if __name__ == "__main__":
+    main()
