@@ -51,6 +51,30 @@ def test_torch_against_reference_with_every_gradient(length, kind, taps):
         torch.testing.assert_close(fast, plain, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("unit_width", [None, 3])
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("kind", ["plain", "packed"])
+@pytest.mark.parametrize("length", [1, 2, 19])
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu), "cpu"])
+def test_triton_against_float64_with_every_gradient(device, length, kind, activation, unit_width):
+    pytest.importorskip("triton")
+    if (device == "cuda") != torch.cuda.is_available():
+        pytest.skip("compiled on a GPU, interpreted elsewhere")
+    tensors = make_inputs(length)
+    segments = make_segments(kind, 2, length)
+    if segments is not None:
+        segments = Segments(segments.reset.to(device))
+    results = []
+    for implementation, dtype in (("triton", torch.float32), ("torch", torch.float64)):
+        leaves = [t.to(device, dtype).requires_grad_() for t in tensors]
+        outputs, final = causal_conv(*leaves, segments, implementation, activation, unit_width)
+        weights = torch.linspace(-1, 1, outputs.numel(), dtype=dtype, device=device).view_as(outputs)
+        scalar = (outputs * weights).sum() + (final * (final.detach() + 2)).sum()
+        results.append((outputs, final, *torch.autograd.grad(scalar, leaves, materialize_grads=True)))
+    for fast, exact in zip(*results, strict=True):
+        torch.testing.assert_close(fast.double(), exact, rtol=1e-4, atol=2e-5)
+
+
 def test_split_and_carry_is_the_whole():
     inputs, weight, state = make_inputs(23)
     whole, final = causal_conv(inputs, weight, state)

@@ -53,11 +53,18 @@ class ShortConvolution(nn.Conv1d):
         super().__init__(channels, channels, taps, groups=channels, bias=False)
 
     def forward(
-        self, inputs: Tensor, state: Tensor | None, segments: Segments | None, implementation: str
+        self,
+        inputs: Tensor,
+        state: Tensor | None,
+        segments: Segments | None,
+        implementation: str,
+        activation: str | None = None,
+        unit_width: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(B, T, C) and the context (B, C, K-1) to the same."""
+        # Padding is the torch path's; "auto" says so.
         implementation = "auto" if implementation == "triton" else implementation
-        return causal_conv(inputs, self.weight[:, 0], state, segments, implementation)
+        return causal_conv(inputs, self.weight[:, 0], state, segments, implementation, activation, unit_width)
 
 
 class LowRankLinear(nn.Module):
@@ -179,19 +186,27 @@ class GKAMixer(nn.Module):
         (q_past, gram), (k_past, value_key), (v_past, _) = (
             (layer.read(slot) for slot in range(3)) if layer is not None else ((None, None),) * 3
         )
-        query, q_past = self._convolve(self.q_proj(hidden_states), self.q_conv1d, q_past, segments)
-        key, k_past = self._convolve(self.k_proj(hidden_states), self.k_conv1d, k_past, segments)
+        activation, width = "silu" if self.config.key_activation == "silu" else None, self.config.linear_key_head_dim
+        query, q_past = self._convolve(
+            self.q_proj(hidden_states), self.q_conv1d, q_past, segments, activation, unit_width=width
+        )
+        # A learned expansion comes before the norm.
+        key, k_past = self._convolve(
+            self.k_proj(hidden_states),
+            self.k_conv1d,
+            k_past,
+            segments,
+            activation,
+            unit_width=None if self.expand_key else width,
+        )
         raw_value = self.v_proj(hidden_states)
         value, local, v_past = self._value(raw_value, v_past, segments)
-        if self.config.key_activation == "silu":
-            query, key = F.silu(query), F.silu(key)
-        query = unit_norm(query.unflatten(-1, (-1, self.config.linear_key_head_dim)))
-        key = key.unflatten(-1, (-1, self.config.linear_key_head_dim))
+        query, key = query.unflatten(-1, (-1, width)), key.unflatten(-1, (-1, width))
         query, key, value = self._expand(query, key, value.unflatten(-1, (-1, self.config.linear_value_head_dim)))
         log_decay, key_log_decay = self._log_decay(hidden_states)
         outputs, state = gated_kalmanet(
             query,
-            unit_norm(key),
+            unit_norm(key) if self.expand_key else key,
             value,
             log_decay,
             torch.sigmoid(self.alpha_proj(hidden_states)) if self.config.use_solution_mix else None,
@@ -265,23 +280,43 @@ class GKAMixer(nn.Module):
         layer.cumulative_length += hidden_states.shape[1]
         return outputs.flatten(-2), local
 
-    def _convolve(self, inputs: Tensor, conv: ShortConvolution, past: Tensor | None, segments: Segments | None):
-        return conv(inputs, past, segments, self.config.implementation)
+    def _convolve(
+        self,
+        inputs: Tensor,
+        conv: ShortConvolution,
+        past: Tensor | None,
+        segments: Segments | None,
+        activation: str | None,
+        unit_width: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        return conv(inputs, past, segments, self.config.implementation, activation, unit_width)
 
     def _value(self, raw: Tensor, past: Tensor | None, segments: Segments | None):
         """Values, the window of raw values for `local_proj`, and the context to carry."""
         config, local, context = self.config, None, None
+        activation = "silu" if config.value_activation == "silu" else None
         if config.use_local_values:
-            taps = config.linear_conv_kernel_dim
-            # Depthwise one-hot taps: every channel of the window is one delayed copy of the values.
-            window = torch.eye(taps, dtype=raw.dtype, device=raw.device).repeat(raw.shape[-1], 1)
-            wide_past = None if past is None else past.repeat_interleave(taps, dim=1)
-            local, wide_past = causal_conv(raw.repeat_interleave(taps, dim=-1), window, wide_past, segments)
-            context = wide_past[:, ::taps]
-        value = raw
+            local, context = self._window(raw, past, segments)
         if config.use_value_conv:
-            value, context = self._convolve(raw, self.v_conv1d, past, segments)
-        return F.silu(value) if config.value_activation == "silu" else value, local, context
+            value, context = self._convolve(raw, self.v_conv1d, past, segments, activation)
+        else:
+            value = raw if activation is None else F.silu(raw)
+        return value, local, context
+
+    def _window(self, raw: Tensor, past: Tensor | None, segments: Segments | None) -> tuple[Tensor, Tensor]:
+        """The last K values of the same sequence as (B, T, K C), oldest first per channel, and the context."""
+        taps = self.config.linear_conv_kernel_dim
+        if segments is None:
+            if past is None:
+                line = F.pad(raw, (0, 0, taps - 1, 0))
+            else:
+                line = torch.cat([past.to(raw.dtype).transpose(1, 2), raw], dim=1)
+            return line.unfold(1, taps, 1).flatten(-2), line[:, raw.shape[1] :].transpose(1, 2)
+        # Depthwise one-hot taps: every channel of the window is one delayed copy of the values.
+        window = torch.eye(taps, dtype=raw.dtype, device=raw.device).repeat(raw.shape[-1], 1)
+        wide_past = None if past is None else past.repeat_interleave(taps, dim=1)
+        local, wide_past = causal_conv(raw.repeat_interleave(taps, dim=-1), window, wide_past, segments)
+        return local, wide_past[:, ::taps]
 
     def _expand(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query heads to all heads, and the learned expansion of keys and values where there is one."""

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Literal
+
 import torch
 from torch import Tensor
 
-from ..dispatch import Implementation, choose
+from ..dispatch import HAS_TRITON, Implementation, choose
 from ..segments import Segments
 from .reference import causal_conv_reference
 
+if HAS_TRITON or TYPE_CHECKING:
+    from .triton_conv import conv_triton_backward, conv_triton_forward
+
 __all__ = ["IMPLEMENTATIONS", "causal_conv"]
 
-IMPLEMENTATIONS = ("torch", "reference")
+IMPLEMENTATIONS = ("triton", "torch", "reference") if HAS_TRITON else ("torch", "reference")
 
 
 def causal_conv(
@@ -20,10 +25,14 @@ def causal_conv(
     initial_state: Tensor | None = None,
     segments: Segments | None = None,
     implementation: Implementation = "auto",
+    activation: Literal["silu"] | None = None,
+    unit_width: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal depthwise convolution over the last K tokens of the same sequence.
 
         y_t[c] = sum_{l=0}^{K-1} weight[c, K-1-l] * x_{t-l}[c]
+        y_t <- SiLU(y_t)                                             with activation="silu"
+        y_t[g] <- y_t[g] / (||y_t[g]|| + 1e-6)                       for every group g of `unit_width` channels
 
     "The token l steps before" skips padded positions and does not look past the start of a packed segment; before
     the first token of a row it looks into `initial_state`.
@@ -33,7 +42,9 @@ def causal_conv(
         weight: (C, K), the last tap is the current token (the layout of `nn.Conv1d(groups=C).weight[:, 0]`).
         initial_state: (B, C, K-1), the K-1 tokens before the first, oldest first; zeros when None.
         segments: packed sequences and padding.
-        implementation: "auto", "torch" or "reference".
+        implementation: "auto", "triton" (CUDA, without padding), "torch" or "reference".
+        activation: applied to the convolved values.
+        unit_width: channels of a group that is brought to norm 1, after the activation; a divisor of C.
 
     Returns:
         `(outputs, final_state)`: (B, T, C) in the dtype of `inputs`, zero at padding, and (B, C, K-1), the last K-1
@@ -44,9 +55,104 @@ def causal_conv(
         NotImplementedError: the implementation does not exist.
     """
     _check(inputs, weight, initial_state, segments)
-    if choose("causal_conv", implementation, IMPLEMENTATIONS, inputs.device).implementation == "reference":
-        return causal_conv_reference(inputs, weight, initial_state, segments)
-    return _causal_conv_torch(inputs, weight, initial_state, segments or Segments())
+    if activation not in (None, "silu"):
+        raise ValueError(f"causal_conv: `activation` must be 'silu' or None, got {activation!r}.")
+    if unit_width is not None and (unit_width < 1 or inputs.shape[2] % unit_width):
+        raise ValueError(f"causal_conv: `unit_width` must divide the {inputs.shape[2]} channels, got {unit_width}.")
+    segments = segments or Segments()
+    refusal = "padding" if segments.valid is not None else "float64" if inputs.dtype == torch.float64 else None
+    choice = choose("causal_conv", implementation, IMPLEMENTATIONS, inputs.device, refusal)
+    if choice.implementation == "triton":
+        numbers = segments.numbers()
+        numbers = None if numbers is None else numbers.expand(inputs.shape[:2])
+        return (
+            _forward(
+                inputs.contiguous(),
+                weight.contiguous(),
+                None if initial_state is None else initial_state.contiguous(),
+                None if numbers is None else numbers.to(torch.int32).contiguous(),
+                activation is not None,
+                unit_width or 0,
+            ),
+            _final_state(inputs, initial_state, numbers, weight.shape[1] - 1),
+        )
+    if choice.implementation == "reference":
+        outputs, state = causal_conv_reference(inputs, weight, initial_state, segments)
+    else:
+        outputs, state = _causal_conv_torch(inputs, weight, initial_state, segments)
+    if activation is not None:
+        outputs = torch.nn.functional.silu(outputs)
+    if unit_width is not None:
+        wide = outputs.unflatten(-1, (-1, unit_width))
+        wide = wide if wide.dtype == torch.float64 else wide.float()
+        wide = wide / (torch.linalg.vector_norm(wide, dim=-1, keepdim=True) + 1e-6)
+        outputs = wide.flatten(-2).to(outputs.dtype)
+    return outputs, state
+
+
+def _final_state(inputs: Tensor, past: Tensor | None, numbers: Tensor | None, context: int) -> Tensor:
+    """The last `context` tokens of the row's last sequence, (B, C, context), of rows without padding."""
+    length = inputs.shape[1]
+    if length < context:
+        if past is None:
+            past = inputs.new_zeros(inputs.shape[0], inputs.shape[2], context)
+        inputs = torch.cat([past.to(inputs.dtype).transpose(1, 2)[:, length:], inputs], dim=1)
+        if numbers is not None:
+            numbers = torch.nn.functional.pad(numbers, (context - length, 0))
+    start = inputs.shape[1] - context
+    tail = inputs[:, start:]
+    if numbers is not None:
+        tail = torch.where((numbers[:, start:] == numbers[:, -1:])[..., None], tail, 0)
+    return tail.transpose(1, 2)
+
+
+@torch.library.custom_op("kalman_kernels::causal_conv", mutates_args=())
+def _forward(
+    inputs: Tensor, weight: Tensor, past: Tensor | None, numbers: Tensor | None, silu: bool, unit_width: int
+) -> Tensor:
+    return conv_triton_forward(inputs, weight, past, numbers, silu, unit_width)
+
+
+@torch.library.custom_op("kalman_kernels::causal_conv_backward", mutates_args=())
+def _backward(
+    inputs: Tensor,
+    weight: Tensor,
+    past: Tensor | None,
+    numbers: Tensor | None,
+    d_outputs: Tensor,
+    silu: bool,
+    unit_width: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    d_inputs, d_weight, d_past = conv_triton_backward(inputs, weight, past, numbers, d_outputs, silu, unit_width)
+    return d_inputs, d_weight, inputs.new_empty(0) if d_past is None else d_past
+
+
+@_forward.register_fake
+def _forward_fake(inputs, *_):
+    return torch.empty_like(inputs)
+
+
+@_backward.register_fake
+def _backward_fake(inputs, weight, past, *_):
+    return (
+        torch.empty_like(inputs),
+        torch.empty_like(weight),
+        inputs.new_empty(0) if past is None else torch.empty_like(past),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, silu, unit_width = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.options = silu, unit_width
+
+
+def _autograd_backward(ctx, d_outputs):
+    d_inputs, d_weight, d_past = _backward(*ctx.saved_tensors, d_outputs.contiguous(), *ctx.options)
+    return d_inputs, d_weight, None if ctx.saved_tensors[2] is None else d_past, None, None, None
+
+
+_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 
 def _check(inputs: Tensor, weight: Tensor, initial_state: Tensor | None, segments: Segments | None) -> None:
