@@ -148,8 +148,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd_backward(ctx, d_outputs):
-    d_inputs, d_weight, d_past = _backward(*ctx.saved_tensors, d_outputs.contiguous(), *ctx.options)
-    return d_inputs, d_weight, None if ctx.saved_tensors[2] is None else d_past, None, None, None
+    saved = ctx.saved_tensors  # unpacked once: activation checkpointing allows no more
+    d_inputs, d_weight, d_past = _backward(*saved, d_outputs.contiguous(), *ctx.options)
+    return d_inputs, d_weight, None if saved[2] is None else d_past, None, None, None
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)

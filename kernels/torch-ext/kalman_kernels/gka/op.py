@@ -524,8 +524,8 @@ def _triton_backward(
     solution_sizes: Tensor,
     norms: Tensor,
     d_outputs: Tensor,
-    d_gram: Tensor,
-    d_value_key: Tensor,
+    d_gram: Tensor | None,
+    d_value_key: Tensor | None,
     method: str,
     iterations: int,
     ridge_ratio: float,
@@ -562,24 +562,26 @@ def _triton_forward_fake(query, key, value, *rest):
 
 
 @_triton_backward.register_fake
-def _triton_backward_fake(
-    query, key, value, log_decay, key_log_decay, solution_mix, input_gate, numbers, gram, value_key, *rest
-):
-    leaves = (query, key, value, log_decay, key_log_decay, solution_mix, input_gate)
-    gradients = (query.new_empty(0) if t is None else torch.empty_like(t) for t in leaves)
-    return *gradients, torch.empty_like(rest[4]), torch.empty_like(rest[5])
+def _triton_backward_fake(query, *rest):
+    return tuple(query.new_empty(0) if t is None else torch.empty_like(t) for t in (query, *rest[:6], *rest[7:9]))
+
+
+def _triton_setup_context(ctx, inputs, output):
+    # A state that nothing looks at has no gradient, not one of zeros.
+    ctx.set_materialize_grads(False)
+    _setup_context(ctx, inputs, output)
 
 
 def _triton_autograd(ctx, d_outputs, d_gram, d_value_key, *_):
-    leaves = ctx.saved_tensors[:10]
-    gradients = list(
-        _triton_backward(
-            *ctx.saved_tensors, d_outputs.contiguous(), d_gram.contiguous(), d_value_key.contiguous(), *ctx.numbers
-        )
-    )
+    saved = ctx.saved_tensors  # unpacked once: activation checkpointing allows no more
+    leaves, (query, _, value) = saved[:10], saved[:3]
+    if d_outputs is None:
+        d_outputs = query.new_zeros(*query.shape[:3], value.shape[-1])
+    states = (None if d is None else d.contiguous() for d in (d_gram, d_value_key))
+    gradients = list(_triton_backward(*saved, d_outputs.contiguous(), *states, *ctx.numbers))
     gradients = gradients[:7] + [None] + gradients[7:]
     gradients = [None if leaf is None else g for leaf, g in zip(leaves, gradients, strict=True)]
     return *gradients, None, None, None, None, None, None
 
 
-_triton_forward.register_autograd(_triton_autograd, setup_context=_setup_context)
+_triton_forward.register_autograd(_triton_autograd, setup_context=_triton_setup_context)

@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -492,6 +494,8 @@ def adjoint_value_kernel(
 def decay_kernel(
     rows,
     ends,
+    norms,
+    arriving,
     numbers,
     d_key_log_decay,
     d_log_decay,
@@ -501,6 +505,7 @@ def decay_kernel(
     heads,
     planes,
     SHARED: tl.constexpr,
+    RIDGE: tl.constexpr,
     PACKED: tl.constexpr,
     CHUNK: tl.constexpr,
     SPAN: tl.constexpr,
@@ -515,7 +520,10 @@ def decay_kernel(
     row = line * chunks * CHUNK + span * SPAN + offset
     through_gram = tl.load(rows + 3 * planes + row, mask=inside, other=0.0)
     through_value = tl.load(rows + 4 * planes + row, mask=inside, other=0.0)
-    gram_end = tl.load(ends + program)
+    gram_end = 0.5 * tl.load(ends + program)
+    if RIDGE:
+        norm = tl.load(norms + line * chunks * CHUNK + last)
+        gram_end -= tl.load(arriving + line * (chunks + 1) + (last + 1) // CHUNK) * norm * norm
     value_end = tl.load(ends + tl.num_programs(0) + program)
     if PACKED:
         number = tl.load(numbers + batch * chunks * CHUNK + span * SPAN + offset, mask=inside, other=-1)
@@ -541,6 +549,7 @@ def inner_kernel(
     units,
     anchor_states,
     anchor_units,
+    final,
     inner,
     chunks,
     anchors,
@@ -548,18 +557,28 @@ def inner_kernel(
     SIZE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """<adjoint that arrives at a chunk's end, state there> at the end of every ANCHOR-th chunk: (B H, anchors)."""
+    """<adjoint that arrives at a chunk's end, state there> at the end of every ANCHOR-th chunk: (B H, anchors).
+
+    `anchor_states` (B H, anchors - 1, SIZE) are in units; the state at the last end is `final`.
+    """
     program = long(tl.program_id(0))
     line, anchor = program // anchors, program % anchors
     place = line * chunks + tl.minimum((anchor + 1) * ANCHOR, chunks) - 1
+    other = line * (anchors - 1) + anchor
     total = 0.0
     for start in range(0, SIZE, TILE):
         offset = start + tl.arange(0, TILE)
         inside = offset < SIZE
         left = tl.load(states + place * SIZE + offset, mask=inside, other=0.0).to(tl.float32)
-        right = tl.load(anchor_states + program * SIZE + offset, mask=inside, other=0.0).to(tl.float32)
+        if anchor == anchors - 1:
+            right = tl.load(final + line * SIZE + offset, mask=inside, other=0.0)
+        else:
+            right = tl.load(anchor_states + other * SIZE + offset, mask=inside, other=0.0).to(tl.float32)
         total += tl.sum(left * right, 0)
-    tl.store(inner + program, total * tl.load(units + place) * tl.load(anchor_units + program))
+    total = total * tl.load(units + place)
+    if anchor < anchors - 1:
+        total = total * tl.load(anchor_units + other)
+    tl.store(inner + program, total)
 
 
 # Chunks between two places where the decays' gradients are anchored to an inner product of states.
@@ -573,8 +592,8 @@ def gka_triton_backward(
     solution_sizes: Tensor,
     norms: Tensor,
     d_outputs: Tensor,
-    d_gram: Tensor,
-    d_value_key: Tensor,
+    d_gram: Tensor | None,
+    d_value_key: Tensor | None,
     solver: GKASolver,
     scale: float,
 ) -> tuple[Tensor | None, ...]:
@@ -598,7 +617,8 @@ def gka_triton_backward(
     rows = planes.new_empty(7, batch, heads, count.chunks * config.chunk)
     if kind != 0:
         rows[0] = solution_sizes
-    d_query, d_mix = torch.empty_like(query), planes.new_zeros(batch, length, heads)
+    d_query = torch.empty_like(query)
+    d_mix = planes.new_zeros(batch, length, heads) if kind == 0 else planes.new_empty(batch, length, heads)
     d_mixed, adjoints = torch.empty_like(solutions), query.new_zeros(0)
     adjoint_read_kernel[grid](
         query,
@@ -649,7 +669,7 @@ def gka_triton_backward(
         adjoints = torch.empty(batch, length, heads, width, dtype=config.storage, device=query.device)
     gram_units = states.units[0]
     del d_mixed, states
-    arriving = planes.new_zeros(batch, heads, count.chunks + 1)
+    arriving = planes.new_empty(batch, heads, count.chunks + 1)
     if ridge_gradient:
         ridge_scan_kernel[(batch * heads,)](
             rows,
@@ -693,15 +713,21 @@ def gka_triton_backward(
         **launch(config, "adjoint_increments"),
     )
     packed = inputs.numbers is not None
-    units[0], d_initial_gram = scan(grams, units[0], planes[0], numbers, d_gram + d_gram.mT, config, packed, True)
-    units[1], d_initial_value_key = scan(value_keys, units[1], planes[1], numbers, d_value_key, config, packed, True)
-    d_initial_gram = 0.5 * d_initial_gram
-    ends = torch.stack([0.5 * _inner(grams, units[0], *anchors[0]), _inner(value_keys, units[1], *anchors[1])])
-    del anchors
-    if ridge_gradient:
-        ends[0] -= _at_ends(arriving[..., 1:], 1) * _at_ends(norms, config.chunk).square()
-        if initial is not None:
+    added, units = units, torch.empty_like(units)
+    d_initial_gram = d_initial_value_key = None
+    if initial is not None:
+        d_initial_gram, d_initial_value_key = torch.empty_like(initial[0]), torch.empty_like(initial[1])
+    symmetric = None if d_gram is None else d_gram + d_gram.mT
+    scan(grams, added[0], units[0], planes[0], numbers, symmetric, d_initial_gram, config, packed, True)
+    scan(value_keys, added[1], units[1], planes[1], numbers, d_value_key, d_initial_value_key, config, packed, True)
+    if d_initial_gram is not None and initial is not None:
+        d_initial_gram = 0.5 * d_initial_gram
+        if ridge_gradient:
             d_initial_gram -= arriving[..., :1, None] * initial[0]
+    ends = planes.new_empty(2, batch, heads, -(-count.chunks // ANCHOR))
+    _inner(grams, units[0], *anchors[0], ends[0])
+    _inner(value_keys, units[1], *anchors[1], ends[1])
+    del anchors, symmetric
     adjoint_gram_kernel[grid](
         key,
         planes,
@@ -756,6 +782,8 @@ def gka_triton_backward(
         decay_kernel[(batch * heads * spans,)](
             rows,
             ends,
+            norms,
+            arriving,
             numbers,
             d_log_decay if d_key_log_decay is None else d_key_log_decay,
             d_log_decay,
@@ -765,6 +793,7 @@ def gka_triton_backward(
             heads,
             count.planes,
             SHARED=d_key_log_decay is None,
+            RIDGE=ridge_gradient,
             PACKED=packed,
             CHUNK=config.chunk,
             SPAN=span,
@@ -792,16 +821,19 @@ def _fold(gradient: Tensor, groups: int) -> Tensor:
     return gradient if gradient.shape[2] == groups else gradient.unflatten(2, (groups, -1)).sum(3)
 
 
-def _anchors(states: States) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Both states after every ANCHOR-th chunk and after the last, as operands with units."""
+class Anchors(NamedTuple):
+    """One kind of state after every ANCHOR-th chunk but the last, in units, and after the last token."""
 
-    def pick(tiles: Tensor, units: Tensor, final: Tensor) -> tuple[Tensor, Tensor]:
-        unit = final.abs().amax((-1, -2)) / 16384
-        last = final / torch.where(unit > 0, unit, 1)[..., None, None]
-        return (
-            torch.cat([tiles[:, :, ANCHOR::ANCHOR], last[:, :, None].to(tiles.dtype)], dim=2),
-            torch.cat([units[:, :, ANCHOR::ANCHOR], unit[..., None]], dim=2),
-        )
+    states: Tensor  # (B, H, anchors - 1, D, Dk)
+    units: Tensor  # (B, H, anchors - 1)
+    final: Tensor  # (B, H, D, Dk) float32
+
+
+def _anchors(states: States) -> tuple[Anchors, Anchors]:
+    """Copies that outlive the states of all chunks."""
+
+    def pick(tiles: Tensor, units: Tensor, final: Tensor) -> Anchors:
+        return Anchors(tiles[:, :, ANCHOR::ANCHOR].clone(), units[:, :, ANCHOR::ANCHOR].clone(), final)
 
     return (
         pick(states.grams, states.units[0], states.final_gram),
@@ -809,32 +841,22 @@ def _anchors(states: States) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tenso
     )
 
 
-def _inner(states: Tensor, units: Tensor, anchor_states: Tensor, anchor_units: Tensor) -> Tensor:
-    """Inner products of (B, H, chunks, D, Dk) with anchors (B, H, anchors, D, Dk), in units: (B, H, anchors)."""
-    batch, heads, chunks, rows, columns = states.shape
-    anchors = anchor_states.shape[2]
-    inner = units.new_empty(batch, heads, anchors)
-    size = rows * columns
+def _inner(
+    states: Tensor, units: Tensor, anchor_states: Tensor, anchor_units: Tensor, final: Tensor, inner: Tensor
+) -> None:
+    """Inner products of (B, H, chunks, D, Dk) in units with the states where they arrive, into (B, H, anchors)."""
+    size = states.shape[3] * states.shape[4]
     inner_kernel[(inner.numel(),)](
         states,
         units,
         anchor_states,
         anchor_units,
+        final,
         inner,
-        chunks,
-        anchors,
+        states.shape[2],
+        inner.shape[2],
         ANCHOR=ANCHOR,
         SIZE=size,
         TILE=min(4096, triton.next_power_of_2(size)),
         num_warps=8,
     )
-    return inner
-
-
-def _at_ends(tensor: Tensor, step: int) -> Tensor:
-    """(B, H, chunks * step) at the last entry of every ANCHOR-th chunk and of the last one: (B, H, anchors)."""
-    last = tensor[..., step - 1 :: step]
-    every = last[..., ANCHOR - 1 :: ANCHOR]
-    if last.shape[-1] % ANCHOR:
-        every = torch.cat([every, last[..., -1:]], dim=-1)
-    return every

@@ -309,6 +309,7 @@ def scan_kernel(
     PACKED: tl.constexpr,
     HAS_STATE: tl.constexpr,
     REVERSE: tl.constexpr,
+    FINAL: tl.constexpr,
     SIZE: tl.constexpr,
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
@@ -357,7 +358,8 @@ def scan_kernel(
                 tl.store(state_units + line * chunks + chunk, scale * (1.0 / 16384.0))
             state = state * through + added * (unit * (1.0 / 16384.0))
             bound = bound * through + unit
-    tl.store(final + line * SIZE + offset, state, mask=inside)
+    if FINAL:
+        tl.store(final + line * SIZE + offset, state, mask=inside)
 
 
 @triton.jit
@@ -623,20 +625,20 @@ WALKS = 256
 def scan(
     states: Tensor,
     units: Tensor,
+    state_units: Tensor,
     planes: Tensor,
     numbers: Tensor,
     initial: Tensor | None,
+    final: Tensor | None,
     config: Plan,
     packed: bool,
     reverse: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Turn increments (B, H, chunks, D, Dk) into states in place; (units, last state)."""
+) -> None:
+    """Turn increments (B, H, chunks, D, Dk) in `units` into states in place; writes `state_units` and `final`."""
     batch, heads, chunks, rows, columns = states.shape
     size = rows * columns
     tile = min(TILE, triton.next_power_of_2(size))
     tiles = -(-size // tile)
-    state_units = torch.empty_like(units)
-    final = planes.new_empty(batch, heads, rows, columns)
     scan_kernel[(tiles * batch * heads,)](
         states,
         units,
@@ -645,18 +647,18 @@ def scan(
         numbers,
         states if initial is None else initial,
         units if initial is None else initial.abs().amax((-1, -2)),
-        final,
+        units if final is None else final,
         chunks,
         heads,
         PACKED=packed,
         HAS_STATE=initial is not None,
         REVERSE=reverse,
+        FINAL=final is not None,
         SIZE=size,
         CHUNK=config.chunk,
         TILE=tile,
         num_warps=4,
     )
-    return state_units, final
 
 
 class States(NamedTuple):
@@ -682,18 +684,18 @@ def compute_states(
     )
     units = planes.new_empty(2, batch, heads, count.chunks)
     packed = inputs.numbers is not None
+    final_gram, final_value_key = (planes.new_empty(batch, heads, d, width) for d in (width, value_width))
+    gram, value_key = initial if initial is not None else (None, None)
     if 2 * batch * heads >= WALKS:
-        final_gram, final_value_key = (planes.new_empty(batch, heads, d, width) for d in (width, value_width))
-        gram, value_key = (planes, planes) if initial is None else initial
         walk_kernel[(2 * batch * heads,)](
             inputs.key,
             inputs.value,
             planes,
             numbers,
-            gram,
-            value_key,
-            gram if initial is None else gram.abs().amax((-1, -2)),
-            value_key if initial is None else value_key.abs().amax((-1, -2)),
+            planes if gram is None else gram,
+            planes if value_key is None else value_key,
+            planes if gram is None else gram.abs().amax((-1, -2)),
+            planes if value_key is None else value_key.abs().amax((-1, -2)),
             grams,
             value_keys,
             units,
@@ -705,6 +707,7 @@ def compute_states(
             **launch(config, "walk"),
         )
         return States(grams, value_keys, units, final_gram, final_value_key)
+    added = torch.empty_like(units)
     increments_kernel[(batch * heads * count.chunks,)](
         inputs.key,
         inputs.value,
@@ -712,15 +715,14 @@ def compute_states(
         numbers,
         grams,
         value_keys,
-        units,
+        added,
         *count,
         **constants(inputs, config),
         **launch(config, "increments"),
     )
-    gram, value_key = initial if initial is not None else (None, None)
-    gram_units, final_gram = scan(grams, units[0], planes[0], numbers, gram, config, packed)
-    value_units, final_value_key = scan(value_keys, units[1], planes[1], numbers, value_key, config, packed)
-    return States(grams, value_keys, torch.stack([gram_units, value_units]), final_gram, final_value_key)
+    scan(grams, added[0], units[0], planes[0], numbers, gram, final_gram, config, packed)
+    scan(value_keys, added[1], units[1], planes[1], numbers, value_key, final_value_key, config, packed)
+    return States(grams, value_keys, units, final_gram, final_value_key)
 
 
 def constants(inputs: TritonInputs, config: Plan) -> dict:
