@@ -54,7 +54,7 @@ class GKAConfig(PreTrainedConfig):
             solve.
         ridge_ratio: ridge over Frobenius norm of the Gram matrix. May be changed at any time.
         ridge_gradient: whether gradients flow through the ridge's dependence on the keys.
-        implementation: "auto", "torch" or "reference" implementation of the operators.
+        implementation: "auto", "triton", "torch" or "reference" implementation of the operators.
 
     ```python
     >>> from hf_kalman import GKAConfig, GKAForCausalLM

@@ -1,4 +1,4 @@
-"""Gated KalmaNet backward in Triton: the implicit gradient (README.md, eqs. 11-19), chunk-parallel, no atomics."""
+"""Gated KalmaNet backward in Triton: the implicit gradient (README.md, eqs. 11-19, 22), chunk-parallel, no atomics."""
 
 # Triton turns annotations and defaults of jitted functions into objects of its own.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false

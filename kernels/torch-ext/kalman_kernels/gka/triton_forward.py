@@ -1,4 +1,4 @@
-"""Gated KalmaNet forward in Triton: gates, states of chunks, solve and read-out (README.md, eqs. 1-10, 20-22)."""
+"""Gated KalmaNet forward in Triton: gates, states of chunks, solve and read-out (README.md, eqs. 1-10, 20, 21, 23)."""
 
 # Triton turns annotations and defaults of jitted functions into objects of its own.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
