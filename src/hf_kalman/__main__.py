@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from kalman_kernels import conv, gka
+from kalman_kernels import conv, gka, norm
 from kalman_kernels.dispatch import choose
 
 from . import __version__
@@ -25,7 +25,12 @@ def report() -> str:
         lines.append(f"  {config.model_type}: {', '.join(model.__name__ for model in models.values())}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lines.append(f"implementations on {device.type}")
-    for name, available in (("gated_kalmanet", gka.IMPLEMENTATIONS), ("causal_conv", conv.IMPLEMENTATIONS)):
+    operators = {
+        "gated_kalmanet": gka.IMPLEMENTATIONS,
+        "causal_conv": conv.IMPLEMENTATIONS,
+        "gated_rms_norm": norm.IMPLEMENTATIONS,
+    }
+    for name, available in operators.items():
         choice = choose(name, "auto", available, device)
         lines.append(f"  {name}: {choice.implementation} ({choice.reason}); available: {', '.join(available)}")
     return "\n".join(lines)

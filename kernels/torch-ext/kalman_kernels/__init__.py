@@ -2,6 +2,15 @@
 
 from .conv import causal_conv
 from .gka import GKASolver, GKAState, gated_kalmanet, gated_kalmanet_step
+from .norm import gated_rms_norm
 from .segments import Segments
 
-__all__ = ["GKASolver", "GKAState", "Segments", "causal_conv", "gated_kalmanet", "gated_kalmanet_step"]
+__all__ = [
+    "GKASolver",
+    "GKAState",
+    "Segments",
+    "causal_conv",
+    "gated_kalmanet",
+    "gated_kalmanet_step",
+    "gated_rms_norm",
+]

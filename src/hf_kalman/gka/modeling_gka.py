@@ -25,7 +25,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from kalman_kernels import GKASolver, GKAState, Segments, causal_conv, gated_kalmanet
+from kalman_kernels import GKASolver, GKAState, Segments, causal_conv, gated_kalmanet, gated_rms_norm
 from kalman_kernels.gka import MixerInputs, MixerOptions, gka_mixer_step, serves_mixer_step
 
 from ..cache import swap_cache_layers
@@ -99,13 +99,10 @@ class GatedRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
 
-    def forward(self, hidden_states: Tensor, gate: Tensor | None) -> Tensor:
+    def forward(self, hidden_states: Tensor, gate: Tensor | None, implementation: str = "auto") -> Tensor:
         """(..., width) and a gate of the same shape, or None for no gate."""
-        wide = widen(hidden_states)
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * widen(self.weight)
-        if gate is not None:
-            wide = wide * F.silu(widen(gate))
-        return wide.to(hidden_states.dtype)
+        implementation = "torch" if implementation == "reference" else implementation
+        return gated_rms_norm(hidden_states, gate, self.weight, self.eps, implementation)
 
 
 class GKAMixer(nn.Module):
@@ -224,7 +221,7 @@ class GKAMixer(nn.Module):
             layer.write(2, v_past, None)
             layer.cumulative_length += hidden_states.shape[1]
         gate = self.g_proj(hidden_states).view_as(outputs) if self.config.use_output_gate else None
-        return self.o_norm(outputs, gate).flatten(-2), local
+        return self.o_norm(outputs, gate, self.config.implementation).flatten(-2), local
 
     def _steps(self, hidden_states: Tensor, segments: Segments | None, layer) -> bool:
         """Whether the fused step serves this call: one new token, or a few unpadded ones without `local_proj`."""
