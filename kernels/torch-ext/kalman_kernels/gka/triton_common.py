@@ -23,6 +23,8 @@ from ..dispatch import INTERPRETED
 from .reference import CG_FLOOR
 
 METHODS = {"none": 0, "cg": 1, "chebyshev": 2}
+# Norm of a right side inside the solver.
+START = tl.constexpr(32.0)
 
 
 @triton.jit
@@ -177,51 +179,52 @@ def solve(
     residual = right
     step = 0
     if METHOD == 1:
-        # The solution is kept as it will be stored: registers are what this loop is short of.
+        # Registers and instructions are what this loop is short of: the solution is kept as it will be stored, and
+        # right sides of norm START keep directions in the range of float16 down to the tolerance.
+        residual = right * START
         x = tl.zeros_like(right).to(OPERAND)
         direction = tl.zeros_like(right).to(OPERAND)
         rr = tl.sum(residual * residual, 1)
-        inverse = tl.where(rr > 0, 1.0 / tl.sqrt(rr), 0.0)
         ratio = tl.zeros_like(rr)
-        busy = tl.max((rr > tolerance).to(tl.int32), 0)
+        enough = tolerance * START * START
+        busy = tl.max((rr > enough).to(tl.int32), 0)
         while (step < iterations) & (busy > 0):
             # Rounds of two steps: fewer looks at whether all rows are done.
             for _ in range(0, tl.minimum(iterations - step, 2)):
-                # The direction is kept in units of the residual's norm, where it cannot leave the range of float16.
-                direction = (residual * inverse[:, None] + direction.to(tl.float32) * ratio[:, None]).to(OPERAND)
+                direction = (residual + direction.to(tl.float32) * ratio[:, None]).to(OPERAND)
                 inside = dot(direction, tl.trans(keys), PRECISION).to(OPERAND) * weights
                 image = dot(direction, gram, PRECISION)
                 image = image * into[:, None] + dot(inside, keys, PRECISION)
-                wide = direction.to(tl.float32)
-                image += ridge * wide
-                size = tl.sqrt(rr)
-                curvature = tl.sum(wide * image, 1)
-                length = tl.where((rr > tolerance) & (curvature > 0), size / curvature, 0.0)[:, None]
-                residual -= length * image
-                rr = tl.sum(residual * residual, 1)
-                x = (x.to(tl.float32) + length * wide).to(OPERAND)
-                inverse = tl.where(rr > 0, 1.0 / tl.sqrt(rr), 0.0)
-                ratio = tl.where(size > 0, tl.sqrt(rr) / size, 0.0)
-            busy = tl.max((rr > tolerance).to(tl.int32), 0)
+                image += ridge * direction.to(tl.float32)
+                curvature = tl.sum(direction.to(tl.float32) * image, 1)
+                # Rounded, too, before x and the residual take the same step.
+                length = tl.where((rr > enough) & (curvature > 0), rr / curvature, 0.0).to(OPERAND)
+                x += length[:, None] * direction
+                residual -= length.to(tl.float32)[:, None] * image
+                following = tl.sum(residual * residual, 1)
+                ratio = tl.where(rr > 0, following / rr, 0.0)
+                rr = following
+            busy = tl.max((rr > enough).to(tl.int32), 0)
             step += 2
-        x = x.to(tl.float32)
+        x = x.to(tl.float32) * (1.0 / START)
+        residual = residual * (1.0 / START)
     if METHOD == 2:
         x = tl.zeros_like(right)
+        direction = tl.zeros_like(right).to(OPERAND)
         span = 2.0 / (1.0 + 2.0 * ridge)
         quarter = 0.0625 * span * span
-        omega = 2.0
-        direction = (span * right).to(OPERAND)
-        while step < iterations:
+        omega, kept, gained = 2.0, 0.0, span
+        for _ in range(0, iterations):
+            direction = (kept * direction.to(tl.float32) + gained * residual).to(OPERAND)
+            inside = dot(direction, tl.trans(keys), PRECISION).to(OPERAND) * weights
+            image = dot(direction, gram, PRECISION)
+            image = image * into[:, None] + dot(inside, keys, PRECISION)
             wide = direction.to(tl.float32)
             x += wide
-            inside = dot(direction, tl.trans(keys), PRECISION).to(OPERAND) * weights
-            image = dot(direction, gram, PRECISION) * into[:, None]
-            image += dot(inside, keys, PRECISION)
             residual -= image + ridge * wide
             omega = 1.0 / (1.0 - quarter * omega)
-            direction = ((omega - 1.0) * wide + (omega * span) * residual).to(OPERAND)
-            step += 1
-        x += direction.to(tl.float32)
+            kept, gained = omega - 1.0, omega * span
+        x += (kept * direction.to(tl.float32) + gained * residual).to(OPERAND).to(tl.float32)
     return x, residual
 
 
