@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from kalman_kernels import conv, gka, norm
+from kalman_kernels import conv, gka, kla, norm
 from kalman_kernels.dispatch import choose
 
 from . import __version__
@@ -27,6 +27,7 @@ def report() -> str:
     lines.append(f"implementations on {device.type}")
     operators = {
         "gated_kalmanet": gka.IMPLEMENTATIONS,
+        "kalman_linear_attention": kla.IMPLEMENTATIONS,
         "causal_conv": conv.IMPLEMENTATIONS,
         "gated_rms_norm": norm.IMPLEMENTATIONS,
     }
