@@ -43,3 +43,13 @@ def test_fused_step_is_the_layer(shape, dtype, bound, gpu):
     expected = continued(model, "torch", ids, mask)
     found = continued(model, "triton", ids, mask)
     assert ((found - expected).norm() / expected.norm()).item() <= bound
+
+
+def test_gradients_through_a_step_are_not_lost():
+    model = tiny_model(["linear_attention"], implementation="triton").to(DEVICE)
+    model.model.embed_tokens.requires_grad_(False)
+    ids = tokens(2, 9).to(DEVICE)
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+    model(ids[:, :1], past_key_values=cache).logits.sum().backward()
+    assert model.model.layers[0].mixer.q_proj.weight.grad.abs().sum() > 0

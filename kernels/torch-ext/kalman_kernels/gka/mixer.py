@@ -50,15 +50,14 @@ class MixerOptions(NamedTuple):
 def serves_mixer_step(
     tensor: Tensor, width: int, value_width: int, length: int, solver: GKASolver, implementation: str
 ) -> bool:
-    """Whether `gka_mixer_step` takes projections like `tensor`: (B, length, ...) of a GPU, no gradient wanted."""
+    """Whether `gka_mixer_step` takes projections like `tensor`: (B, length, ...) of a GPU, gradients switched off."""
     if not HAS_TRITON or implementation not in ("auto", "triton") or solver.method == "exact":
         return False
     from .triton_common import MAX_WIDTH
     from .triton_step import MAX_STEP
 
     fits = length <= MAX_STEP and max(width, value_width) <= MAX_WIDTH and tensor.dtype != torch.float64
-    wanted = torch.is_grad_enabled() and tensor.requires_grad
-    return fits and not wanted and (tensor.device.type == "cuda" or implementation == "triton")
+    return fits and not torch.is_grad_enabled() and (tensor.device.type == "cuda" or implementation == "triton")
 
 
 def gka_mixer_step(inputs: MixerInputs, solver: GKASolver, options: MixerOptions) -> Tensor:
