@@ -379,12 +379,14 @@ def test_refuses(change, message):
     ],
 )
 def test_the_triton_kernels_say_what_they_do_not_take(dtype, solver, width, message):
+    pytest.importorskip("triton")
     query, key, value = make_inputs(3, dtype=dtype, width=width)[:3]
     with pytest.raises(NotImplementedError, match=message):
         gated_kalmanet(query, key, value, solver=solver, implementation="triton")
 
 
 def test_auto_says_why():
+    pytest.importorskip("triton")
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     assert choose("op", "auto", IMPLEMENTATIONS, cuda).implementation == "triton"
     assert choose("op", "auto", IMPLEMENTATIONS, cpu) == ("torch", "the device is 'cpu'")
