@@ -19,7 +19,8 @@ class Collector:
         if report.when == "call" or report.outcome != "passed":
             self.outcomes[report.nodeid] = {"outcome": report.outcome, "seconds": round(report.duration, 2)}
             if report.outcome == "failed":
-                self.outcomes[report.nodeid]["message"] = report.longreprtext[-600:]
+                lines = [line for line in report.longreprtext.splitlines() if line.startswith("E ")]
+                self.outcomes[report.nodeid]["message"] = "\n".join(lines)[-600:]
                 print(report.longreprtext[-600:])
 
 
