@@ -68,6 +68,26 @@ def test_without_a_solve():
     assert {n: e for n, e in found.items() if not e <= 2e-6} == {}
 
 
+@pytest.mark.parametrize(
+    "absent", [("log_decay",), ("key_log_decay",), ("log_decay", "key_log_decay"), ("solution_mix",)]
+)
+@pytest.mark.parametrize("length", [3, 20])
+def test_absent_gates_are_what_they_are_in_torch(length, absent):
+    inputs = dict(zip(NAMES, (t.float() for t in make_inputs(length, **SMALL)), strict=True))
+    results = []
+    for implementation, dtype in (("triton", torch.float32), ("torch", torch.float64)):
+        leaves = {n: None if n in absent else t.to(dtype).requires_grad_() for n, t in inputs.items()}
+        with torch.set_grad_enabled(length > 8):
+            solver = CG if implementation == "triton" else EXACT
+            outputs, state = call(list(leaves.values()), solver, None, implementation)
+        found = [outputs, *state]
+        if length > 8:
+            wanted = [t for n, t in leaves.items() if t is not None and not n.startswith("initial_state")]
+            found += torch.autograd.grad(outputs.square().sum() + state.value_key.sum(), wanted)
+        results.append(found)
+    assert all(relative_error(a, b) <= 2e-5 for a, b in zip(*results, strict=True))
+
+
 def test_values_and_keys_far_from_one_survive_half_precision():
     inputs = make_inputs(30, **SMALL)
     inputs[1], inputs[2] = 300 * inputs[1], 1e4 * inputs[2]

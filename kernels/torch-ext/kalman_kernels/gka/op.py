@@ -82,7 +82,7 @@ def gated_kalmanet(
     choice = choose(_NAME, implementation, IMPLEMENTATIONS, query.device, _refusal(query, value, solver))
     if choice.implementation == "triton":
         return _triton(
-            TritonInputs(query, key, value, log_decay, key_log_decay, solution_mix, input_gate, None),
+            _triton_inputs(query, key, value, log_decay, key_log_decay, solution_mix, input_gate),
             solver,
             width**-0.5 if scale is None else scale,
             initial_state,
@@ -182,11 +182,10 @@ def gated_kalmanet_step(
     choice = choose(
         "gated_kalmanet_step", implementation, IMPLEMENTATIONS, query.device, _refusal(query, value, solver)
     )
-    if choice.implementation == "triton" and length <= MAX_STEP and all(s.is_contiguous() for s in state):
+    fits = length <= MAX_STEP and all(s.is_contiguous() and s.dtype == torch.float32 for s in state)
+    if choice.implementation == "triton" and fits:
         factor = query.shape[-1] ** -0.5 if scale is None else scale
-        optional = (log_decay, key_log_decay, solution_mix, input_gate)
-        tensors = (query, key, value, *optional)
-        inputs = TritonInputs._make([*(None if t is None else t.contiguous() for t in tensors), None])
+        inputs = _triton_inputs(query, key, value, log_decay, key_log_decay, solution_mix, input_gate)
         outputs, gram, value_key, *every = gka_triton_step(inputs, state, solver, factor, in_place, every_state)
         return outputs, GKAState(gram, value_key), GKAState(*every) if every_state else None
     outputs, states, current = [], [], state
@@ -224,6 +223,22 @@ def _refusal(query: Tensor, value: Tensor, solver: GKASolver) -> str | None:
     return None
 
 
+def _triton_inputs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor | None,
+    key_log_decay: Tensor | None,
+    solution_mix: Tensor | None,
+    input_gate: Tensor | None,
+) -> TritonInputs:
+    if log_decay is None and key_log_decay is not None:
+        # The kernels read one decay for both states or two: a value state that keeps everything has one of 0.
+        log_decay = torch.zeros_like(key_log_decay)
+    tensors = (query, key, value, log_decay, key_log_decay, solution_mix, input_gate)
+    return TritonInputs._make([*(None if t is None else t.contiguous() for t in tensors), None])
+
+
 def _triton(
     inputs: TritonInputs, solver: GKASolver, scale: float, initial: GKAState | None, segments: Segments
 ) -> tuple[Tensor, GKAState]:
@@ -237,10 +252,10 @@ def _triton(
             None if t is None else torch.where(valid.view(batch, length, *[1] * (t.ndim - 2)), t, 0)
             for t in inputs._replace(input_gate=gate)[:7]
         ]
-        inputs = TritonInputs._make([*masked, None])
+        inputs = _triton_inputs(*masked)  # pyright: ignore[reportArgumentType] - the first three are there
     numbers = segments.numbers()
-    numbers = None if numbers is None else numbers.to(torch.int32).expand(batch, length).contiguous()
-    inputs = TritonInputs._make([*(None if t is None else t.contiguous() for t in inputs[:7]), numbers])
+    if numbers is not None:
+        inputs = inputs._replace(numbers=numbers.to(torch.int32).expand(batch, length).contiguous())
     states = (None, None) if initial is None else tuple(s.float().contiguous() for s in initial)
     differentiable = torch.is_grad_enabled() and any(
         t.requires_grad for t in (*inputs[:7], *states) if isinstance(t, Tensor)

@@ -194,6 +194,8 @@ def adjoint_query_kernel(
     else:
         through_gram += ridge_part * norm
     tl.store(rows + 3 * planes + place, through_gram)
+    # Every thread has read what stood in plane 1.
+    tl.debug_barrier()
     tl.store(rows + planes + place, mix * z_size)
 
 

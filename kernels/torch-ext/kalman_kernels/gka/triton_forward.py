@@ -67,7 +67,7 @@ def gates_kernel(
     read = (batch * length + rows)[:, None] * heads + head[None, :]
     inside = (rows < length)[:, None] & (head < heads)[None, :]
     written = (batch * heads + head)[None, :] * (chunks * CHUNK) + rows[:, None]
-    mask = (head < heads)[None, :] & (rows >= 0)[:, None]
+    mask = (head < heads)[None, :]
     decay = tl.zeros((CHUNK, HEADS), tl.float32)
     if DECAYS > 0:
         decay = tl.load(log_decay + read, mask=inside, other=0.0).to(tl.float32) * 1.4426950408889634
@@ -558,11 +558,16 @@ class TritonInputs(NamedTuple):
     query: Tensor  # (B, T, H, Dk)
     key: Tensor  # (B, T, G, Dk)
     value: Tensor  # (B, T, Gv, Dv)
-    log_decay: Tensor | None  # (B, T, H)
-    key_log_decay: Tensor | None  # (B, T, H), None for `log_decay`
+    log_decay: Tensor | None  # (B, T, H), of both states when it is alone
+    key_log_decay: Tensor | None  # (B, T, H), never alone
     solution_mix: Tensor | None  # (B, T, H)
     input_gate: Tensor | None  # (B, T, H)
-    numbers: Tensor | None  # (B, T), as in `Segments.numbers`
+    numbers: Tensor | None  # (B, T) int32, as in `Segments.numbers`
+
+
+def decay_count(inputs: TritonInputs) -> int:
+    """Different decays of a call: 0, 1 for both states, or 2."""
+    return (inputs.log_decay is not None) + (inputs.key_log_decay is not None)
 
 
 class Sizes(NamedTuple):
@@ -590,18 +595,15 @@ def gates(inputs: TritonInputs, config: Plan) -> tuple[Tensor, Tensor]:
     count = sizes(inputs, config)
     filled = count.chunks * config.chunk
     planes = torch.empty(4, batch, heads, filled, dtype=torch.float32, device=inputs.query.device)
-    decay = inputs.log_decay if inputs.log_decay is not None else inputs.key_log_decay
-    present = [t if t is not None else planes for t in (inputs.key_log_decay, decay)]
+    sources = (inputs.key_log_decay, inputs.log_decay, inputs.input_gate, inputs.solution_mix)
     gates_kernel[(batch * count.chunks,)](
-        *present,
-        planes if inputs.input_gate is None else inputs.input_gate,
-        planes if inputs.solution_mix is None else inputs.solution_mix,
+        *(planes if t is None else t for t in sources),
         planes,
         length,
         count.chunks,
         heads,
         count.planes,
-        DECAYS=0 if decay is None else 1 if inputs.key_log_decay is None else 2,
+        DECAYS=decay_count(inputs),
         GATED=inputs.input_gate is not None,
         MIXED=inputs.solution_mix is not None,
         CHUNK=config.chunk,
@@ -610,10 +612,10 @@ def gates(inputs: TritonInputs, config: Plan) -> tuple[Tensor, Tensor]:
     )
     if inputs.numbers is None:
         return planes, planes
-    numbers = inputs.numbers.to(torch.int32)
+    numbers = inputs.numbers
     if filled > length:
         numbers = torch.cat([numbers, numbers[:, -1:].expand(batch, filled - length)], dim=1)
-    return planes, numbers.contiguous()
+    return planes, numbers
 
 
 # Elements of a state in one program of the scan.

@@ -15,7 +15,7 @@ from torch import Tensor
 from .mixer import MixerInputs, MixerOptions
 from .reference import CG_FLOOR, GKASolver
 from .triton_common import long
-from .triton_forward import TritonInputs, method
+from .triton_forward import TritonInputs, decay_count, method
 
 __all__ = ["MAX_STEP", "gka_triton_mixer_step", "gka_triton_step"]
 
@@ -360,17 +360,14 @@ def gka_triton_step(
     """Outputs (B, T, H, Dv), both states after the last token and, with `every`, after each: (B, T, H, D, Dk)."""
     batch, length, heads, width = inputs.query.shape
     value_width = inputs.value.shape[-1]
-    decay = inputs.log_decay if inputs.log_decay is not None else inputs.key_log_decay
-    decays = 0 if decay is None else 1 if inputs.key_log_decay is None else 2
     outputs = inputs.query.new_empty(batch, length, heads, value_width)
     after = state if in_place else (torch.empty_like(state[0]), torch.empty_like(state[1]))
     trail = [s.new_empty(batch, length, *s.shape[1:]) if every else s.new_empty(0) for s in state]
     none = inputs.query
-    numbers = None if inputs.numbers is None else inputs.numbers.to(torch.int32).contiguous()
     _launch(
         (inputs.query, inputs.key, inputs.value),
-        (decay, inputs.key_log_decay, inputs.solution_mix, inputs.input_gate, None),
-        numbers,
+        (inputs.log_decay, inputs.key_log_decay, inputs.solution_mix, inputs.input_gate, None),
+        inputs.numbers,
         None,
         (none,) * 9,
         (*state, *after, *trail),
@@ -379,7 +376,14 @@ def gka_triton_step(
         solver,
         scale,
         0.0,
-        {"MIXER": False, "DECAYS": decays, "EVERY": every, "TAPS": 1, "KEY_SILU": False, "VALUE_CONV": False}
+        {
+            "MIXER": False,
+            "DECAYS": decay_count(inputs),
+            "EVERY": every,
+            "TAPS": 1,
+            "KEY_SILU": False,
+            "VALUE_CONV": False,
+        }
         | {"VALUE_SILU": False, "WIDTH": width, "VALUE_WIDTH": value_width},
     )
     return outputs, *after, *trail
