@@ -126,7 +126,6 @@ class BFloat16Operands(TorchDispatchMode):
 def published(tensors, state, cotangent):
     """Output and the six gradients of the published scheme, emulated on the torch path."""
     query, key, value, log_decay, mix, gate = (t.float() for t in tensors)
-    # The scheme multiplies the gate into bfloat16 keys and values before the kernels.
     inputs = chunked.Inputs(query, key, value, log_decay, log_decay, mix, gate, None)
     solver, scale = GKASolver("chebyshev", 30), query.shape[-1] ** -0.5
     solve = chunked._Ridge.solve

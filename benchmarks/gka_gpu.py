@@ -9,11 +9,11 @@ when it is installed. Forward is timed without gradients, forward+backward with 
 import argparse
 import contextlib
 import importlib.metadata
-import statistics
 import time
 from pathlib import Path
 
 import torch
+from gpu_timing import ceilings, extra_memory, milliseconds, replayed
 from record import RESULTS, environment, write
 
 from kalman_kernels import GKASolver, GKAState, gated_kalmanet, gated_kalmanet_step
@@ -34,48 +34,6 @@ DECODE = [
     (256, 9, 64),
 ]
 SCALING = [2**n for n in range(11, 21)]
-
-
-def milliseconds(function, repeats=15, warmup=3):
-    """Median, 20th and 80th percentile of device time."""
-    for _ in range(warmup):
-        function()
-    samples = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        function()
-        end.record()
-        torch.cuda.synchronize()
-        samples.append(start.elapsed_time(end))
-    cuts = statistics.quantiles(samples, n=5)
-    return {"median_ms": round(statistics.median(samples), 4), "p20_ms": round(cuts[0], 4), "p80_ms": round(cuts[3], 4)}
-
-
-def replayed(function, launches=20):
-    """Milliseconds of one call inside a CUDA graph of `launches` calls."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(launches):
-            function()
-    return {key: round(value / launches, 5) for key, value in milliseconds(graph.replay).items()}
-
-
-def extra_memory(function):
-    """Peak MiB above what was allocated before the call."""
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    function()
-    torch.cuda.synchronize()
-    return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
 
 
 def problem(batch, length, heads, width, decay, dtype=torch.bfloat16, seed=0):
@@ -268,18 +226,6 @@ def scaling(rows, save, heads=8, width=128):
             f"{row['forward_backward']['extra_mib']} MiB",
             flush=True,
         )
-
-
-def ceilings():
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    copy = milliseconds(lambda: target.copy_(source))["median_ms"]
-    left = torch.randn(8192, 8192, device="cuda", dtype=torch.float16)
-    product = milliseconds(lambda: left @ left)["median_ms"]
-    return {
-        "copy_tb_per_s": round(2 * 2**30 / copy / 1e9, 2),
-        "float16_matmul_tflops": round(2 * 8192**3 / product / 1e9, 1),
-    }
 
 
 def plot(folder, rows):

@@ -8,11 +8,10 @@ a plain loop of forward calls, without a compiler or CUDA graphs.
 
 import argparse
 import contextlib
-import statistics
-import time
 from pathlib import Path
 
 import torch
+from gpu_timing import milliseconds
 from record import RESULTS, environment, write
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -23,18 +22,6 @@ STUDENTS = {"6 of 30 layers GKA": [6, 7, 16, 21, 25, 27], "15 of 30 layers GKA":
 DECODED, BATCH = 16, 16
 
 
-def seconds(function, repeats=5):
-    samples = []
-    for number in range(repeats + 1):
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        function()
-        torch.cuda.synchronize()
-        if number:
-            samples.append(time.perf_counter() - started)
-    return statistics.median(samples), min(samples), max(samples)
-
-
 @torch.no_grad()
 def generation(model, context):
     """Tokens per second of one prompt's prefill, of BATCH prompts' decoding, and peak memory of both."""
@@ -43,11 +30,11 @@ def generation(model, context):
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    median, low, high = seconds(lambda: model(ids, use_cache=True, logits_to_keep=1), repeats=3)
+    time = milliseconds(lambda: model(ids, use_cache=True, logits_to_keep=1), repeats=3, warmup=1)
     row = {
         "context": context,
-        "prefill_tokens_per_s": round(context / median),
-        "prefill_range": [round(context / high), round(context / low)],
+        "prefill_tokens_per_s": round(1e3 * context / time["median_ms"]),
+        "prefill_range": [round(1e3 * context / time[k]) for k in ("p80_ms", "p20_ms")],
         "prefill_peak_mib": round((torch.cuda.max_memory_allocated() - before) / 2**20, 1),
     }
     for batch in (1, BATCH):
@@ -63,10 +50,10 @@ def generation(model, context):
 
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        median, low, high = seconds(decode, repeats=3)
+        time, count = milliseconds(decode, repeats=3, warmup=1), 1e3 * batch * DECODED
         row[f"decode_batch_{batch}"] = {
-            "tokens_per_s": round(batch * DECODED / median, 1),
-            "range": [round(batch * DECODED / high, 1), round(batch * DECODED / low, 1)],
+            "tokens_per_s": round(count / time["median_ms"], 1),
+            "range": [round(count / time[k], 1) for k in ("p80_ms", "p20_ms")],
             "peak_above_cache_mib": round((torch.cuda.max_memory_allocated() - before) / 2**20, 1),
             "cache_mib": round(cache_mib(cache), 1),
         }
@@ -97,13 +84,13 @@ def training(model, batch=4, length=2048):
 
     step()
     torch.cuda.reset_peak_memory_stats()
-    median, low, high = seconds(step)
+    time, count = milliseconds(step, repeats=5, warmup=1), 1e3 * batch * length
     model.eval()
     return {
         "batch": batch,
         "length": length,
-        "tokens_per_s": round(batch * length / median),
-        "range": [round(batch * length / high), round(batch * length / low)],
+        "tokens_per_s": round(count / time["median_ms"]),
+        "range": [round(count / time[k]) for k in ("p80_ms", "p20_ms")],
         "peak_mib": round(torch.cuda.max_memory_allocated() / 2**20),
     }
 
@@ -139,14 +126,14 @@ def main():
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     result = {"environment": environment("cuda"), "dtype": "bfloat16", "models": []}
-    teacher = AutoModelForCausalLM.from_pretrained(options.teacher, dtype=torch.float32)
     for name in ["softmax teacher", *STUDENTS]:
-        model = teacher if name == "softmax teacher" else swap_attention(teacher, layers=STUDENTS[name])
+        model = AutoModelForCausalLM.from_pretrained(options.teacher, dtype=torch.float32)
+        if name in STUDENTS:
+            model = swap_attention(model, layers=STUDENTS[name])
         model = model.to("cuda", torch.bfloat16).eval()
-        for key in ("A_log", "dt_bias"):
-            for parameter_name, parameter in model.named_parameters():
-                if parameter_name.endswith(key):
-                    parameter.data = parameter.data.float()
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith(("A_log", "dt_bias")):
+                parameter.data = parameter.data.float()
         row = {"model": name, "generation": []}
         result["models"].append(row)
         with contextlib.suppress(torch.cuda.OutOfMemoryError):
@@ -157,9 +144,6 @@ def main():
         row["training"] = training(model)
         print(name, row["training"], flush=True)
         write("smollm2_gpu", result, options.output)
-        model.to("cpu")
-        if name == "softmax teacher":
-            teacher = AutoModelForCausalLM.from_pretrained(options.teacher, dtype=torch.float32)
         del model
         torch.cuda.empty_cache()
     plot(options.output, result["models"])

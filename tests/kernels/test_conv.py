@@ -111,3 +111,10 @@ def test_refuses(change, message):
     inputs, weight, _ = make_inputs(5)
     with pytest.raises(ValueError, match=message):
         causal_conv(**{"inputs": inputs, "weight": weight, **change})
+
+
+@pytest.mark.parametrize("options", [{"activation": "relu"}, {"unit_width": 4}, {"unit_width": 0}])
+def test_bad_options_are_refused_by_name(options):
+    inputs, weight, _ = make_inputs(3)
+    with pytest.raises(ValueError, match=next(iter(options))):
+        causal_conv(inputs, weight, **options)

@@ -27,6 +27,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from kalman_kernels import GKASolver, GKAState, Segments, causal_conv, gated_kalmanet, gated_rms_norm
 from kalman_kernels.gka import MixerInputs, MixerOptions, gka_mixer_step, serves_mixer_step
+from kalman_kernels.numerics import EPSILON, unit_norm, widen
 
 from ..cache import swap_cache_layers
 from ..decoder import DecoderAttention, DecoderLayer, build_decoder, run_decoder
@@ -41,9 +42,6 @@ __all__ = [
     "GKAModel",
     "GKAPreTrainedModel",
 ]
-
-# Added to norms and input gates: keeps a zero key at zero instead of at NaN (the published checkpoints' value).
-EPSILON = 1e-6
 
 
 class ShortConvolution(nn.Conv1d):
@@ -78,17 +76,6 @@ class LowRankLinear(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., inputs) to (..., outputs)."""
         return self.linearB(F.silu(self.linearA(hidden_states)))
-
-
-def widen(tensor: Tensor) -> Tensor:
-    """At least float32."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def unit_norm(vector: Tensor) -> Tensor:
-    """X / (||x|| + 1e-6) over the last axis, computed in at least float32."""
-    wide = widen(vector)
-    return (wide / (torch.linalg.vector_norm(wide, dim=-1, keepdim=True) + EPSILON)).to(vector.dtype)
 
 
 class GatedRMSNorm(nn.Module):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import HAS_TRITON, Implementation, choose
+from ..numerics import unit_norm
 from ..segments import Segments
 from .reference import causal_conv_reference
 
@@ -83,10 +84,7 @@ def causal_conv(
     if activation is not None:
         outputs = torch.nn.functional.silu(outputs)
     if unit_width is not None:
-        wide = outputs.unflatten(-1, (-1, unit_width))
-        wide = wide if wide.dtype == torch.float64 else wide.float()
-        wide = wide / (torch.linalg.vector_norm(wide, dim=-1, keepdim=True) + 1e-6)
-        outputs = wide.flatten(-2).to(outputs.dtype)
+        outputs = unit_norm(outputs.unflatten(-1, (-1, unit_width))).flatten(-2)
     return outputs, state
 
 

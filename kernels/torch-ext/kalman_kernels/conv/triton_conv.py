@@ -14,10 +14,8 @@ from torch import Tensor
 
 from ..dispatch import INTERPRETED
 
-__all__ = ["EPSILON", "conv_triton_backward", "conv_triton_forward"]
+__all__ = ["conv_triton_backward", "conv_triton_forward"]
 
-# Added to norms: keeps a zero vector at zero.
-EPSILON = 1e-6
 # Tokens of one program, and channels where no norm asks for a width.
 TOKENS, CHANNELS = (8, 8) if INTERPRETED else (32, 64)
 
@@ -57,6 +55,34 @@ def _tap(
     return x
 
 
+@triton.jit
+def _convolved(
+    inputs,
+    weight,
+    past,
+    numbers,
+    batch,
+    token,
+    channel,
+    inside,
+    length,
+    channels,
+    HAS_STATE: tl.constexpr,
+    PACKED: tl.constexpr,
+    TAPS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The convolution alone, (TOKENS, BLOCK) float32."""
+    total = tl.zeros((TOKENS, BLOCK), tl.float32)
+    mask = inside[None, :]
+    for lag in tl.static_range(TAPS):
+        tap = tl.load(weight + channel * TAPS + (TAPS - 1 - lag), mask=inside, other=0.0).to(tl.float32)
+        x = _tap(inputs, past, numbers, batch, token, channel, mask, length, channels, lag, HAS_STATE, PACKED, TAPS)
+        total += x * tap[None, :]
+    return total
+
+
 @triton.jit(do_not_specialize=["length", "tiles"])
 def conv_kernel(
     inputs,
@@ -81,20 +107,30 @@ def conv_kernel(
     batch, token = program // tiles, (program % tiles) * TOKENS + tl.arange(0, TOKENS)
     column = tl.arange(0, BLOCK)
     channel = tl.program_id(1) * WIDTH + column
-    mask = ((column < WIDTH) & (channel < channels))[None, :]
-    total = tl.zeros((TOKENS, BLOCK), tl.float32)
-    for lag in tl.static_range(TAPS):
-        tap = tl.load(
-            weight + channel * TAPS + (TAPS - 1 - lag), mask=(column < WIDTH) & (channel < channels), other=0.0
-        )
-        x = _tap(inputs, past, numbers, batch, token, channel, mask, length, channels, lag, HAS_STATE, PACKED, TAPS)
-        total += x * tap.to(tl.float32)[None, :]
+    inside = (column < WIDTH) & (channel < channels)
+    total = _convolved(
+        inputs,
+        weight,
+        past,
+        numbers,
+        batch,
+        token,
+        channel,
+        inside,
+        length,
+        channels,
+        HAS_STATE,
+        PACKED,
+        TAPS,
+        TOKENS,
+        BLOCK,
+    )
     if SILU:
         total = total / (1.0 + tl.exp(-total))
     if UNIT:
         total = total / (tl.sqrt(tl.sum(total * total, 1)) + 1e-6)[:, None]
     place = (batch * length + token)[:, None] * channels + channel[None, :]
-    tl.store(outputs + place, total.to(outputs.dtype.element_ty), mask=(token < length)[:, None] & mask)
+    tl.store(outputs + place, total.to(outputs.dtype.element_ty), mask=(token < length)[:, None] & inside[None, :])
 
 
 @triton.jit(do_not_specialize=["length", "tiles"])
@@ -129,11 +165,23 @@ def conv_adjoint_kernel(
     there = (token < length)[:, None] & mask
     gradient = tl.load(d_outputs + place, mask=there, other=0.0).to(tl.float32)
     if SILU | UNIT:
-        total = tl.zeros((TOKENS, BLOCK), tl.float32)
-        for lag in tl.static_range(TAPS):
-            tap = tl.load(weight + channel * TAPS + (TAPS - 1 - lag), mask=inside, other=0.0).to(tl.float32)
-            x = _tap(inputs, past, numbers, batch, token, channel, mask, length, channels, lag, HAS_STATE, PACKED, TAPS)
-            total += x * tap[None, :]
+        total = _convolved(
+            inputs,
+            weight,
+            past,
+            numbers,
+            batch,
+            token,
+            channel,
+            inside,
+            length,
+            channels,
+            HAS_STATE,
+            PACKED,
+            TAPS,
+            TOKENS,
+            BLOCK,
+        )
         sigmoid = 1.0 / (1.0 + tl.exp(-total))
         value = total * sigmoid if SILU else total
         if UNIT:

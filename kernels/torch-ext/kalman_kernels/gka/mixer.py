@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import HAS_TRITON
+from .limits import MAX_STEP, refusal
 from .reference import GKASolver
 
 __all__ = ["MixerInputs", "MixerOptions", "gka_mixer_step", "serves_mixer_step"]
@@ -51,13 +52,9 @@ def serves_mixer_step(
     tensor: Tensor, width: int, value_width: int, length: int, solver: GKASolver, implementation: str
 ) -> bool:
     """Whether `gka_mixer_step` takes projections like `tensor`: (B, length, ...) of a GPU, gradients switched off."""
-    if not HAS_TRITON or implementation not in ("auto", "triton") or solver.method == "exact":
-        return False
-    from .triton_common import MAX_WIDTH
-    from .triton_step import MAX_STEP
-
-    fits = length <= MAX_STEP and max(width, value_width) <= MAX_WIDTH and tensor.dtype != torch.float64
-    return fits and not torch.is_grad_enabled() and (tensor.device.type == "cuda" or implementation == "triton")
+    wanted = HAS_TRITON and (implementation == "triton" or (implementation == "auto" and tensor.device.type == "cuda"))
+    fits = length <= MAX_STEP and refusal(tensor.dtype, width, value_width, solver) is None
+    return wanted and fits and not torch.is_grad_enabled()
 
 
 def gka_mixer_step(inputs: MixerInputs, solver: GKASolver, options: MixerOptions) -> Tensor:
@@ -65,8 +62,19 @@ def gka_mixer_step(inputs: MixerInputs, solver: GKASolver, options: MixerOptions
 
     The whole of `GKAMixer` between its projections, with what the separate operators round rounded alike. Convolution
     contexts and states are replaced in place; no gradient.
+
+    Raises:
+        ValueError: a tensor that is replaced is not contiguous.
     """
-    return _mixer_step(*inputs, *solver, *options)
+    replaced = ("query_past", "key_past", "value_past", "key_gram", "value_key")
+    for name in replaced:
+        tensor = getattr(inputs, name)
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(
+                f"gka_mixer_step: `{name}` must be contiguous to be replaced, got strides {tensor.stride()}."
+            )
+    read = {n: t.contiguous() for n, t in inputs._asdict().items() if t is not None and n not in replaced}
+    return _mixer_step(*inputs._replace(**read), *solver, *options)
 
 
 @torch.library.custom_op(

@@ -10,13 +10,14 @@ from torch import Tensor
 from ..dispatch import HAS_TRITON, Implementation, choose
 from ..segments import Segments
 from .chunked import Inputs, block_count, gka_chunked_backward, gka_chunked_forward, gka_step
+from .limits import MAX_STEP, refusal
 from .reference import GKASolver, GKAState, gated_kalmanet_reference
 
 if HAS_TRITON or TYPE_CHECKING:
     from .triton_backward import gka_triton_backward
-    from .triton_common import MAX_WIDTH, plan
+    from .triton_common import plan
     from .triton_forward import TritonInputs, gka_triton_forward
-    from .triton_step import MAX_STEP, gka_triton_step
+    from .triton_step import gka_triton_step
 
 __all__ = ["IMPLEMENTATIONS", "gated_kalmanet", "gated_kalmanet_step"]
 
@@ -79,7 +80,8 @@ def gated_kalmanet(
     batch, length, heads, width = query.shape
     if segments is not None:
         segments.check(_NAME, batch, length)
-    choice = choose(_NAME, implementation, IMPLEMENTATIONS, query.device, _refusal(query, value, solver))
+    refused = refusal(query.dtype, width, value.shape[-1], solver)
+    choice = choose(_NAME, implementation, IMPLEMENTATIONS, query.device, refused)
     if choice.implementation == "triton":
         return _triton(
             _triton_inputs(query, key, value, log_decay, key_log_decay, solution_mix, input_gate),
@@ -176,15 +178,15 @@ def gated_kalmanet_step(
         ValueError: a shape or the solver does not fit.
         NotImplementedError: the implementation does not exist or cannot serve the call.
     """
-    solver.check("gated_kalmanet_step")
-    _check(query, key, value, log_decay, solution_mix, key_log_decay, input_gate, state)
-    length = query.shape[1]
-    choice = choose(
-        "gated_kalmanet_step", implementation, IMPLEMENTATIONS, query.device, _refusal(query, value, solver)
-    )
+    name = "gated_kalmanet_step"
+    solver.check(name)
+    _check(query, key, value, log_decay, solution_mix, key_log_decay, input_gate, state, name, "state")
+    length, width = query.shape[1], query.shape[-1]
+    refused = refusal(query.dtype, width, value.shape[-1], solver)
+    choice = choose(name, implementation, IMPLEMENTATIONS, query.device, refused)
     fits = length <= MAX_STEP and all(s.is_contiguous() and s.dtype == torch.float32 for s in state)
     if choice.implementation == "triton" and fits:
-        factor = query.shape[-1] ** -0.5 if scale is None else scale
+        factor = width**-0.5 if scale is None else scale
         inputs = _triton_inputs(query, key, value, log_decay, key_log_decay, solution_mix, input_gate)
         outputs, gram, value_key, *every = gka_triton_step(inputs, state, solver, factor, in_place, every_state)
         return outputs, GKAState(gram, value_key), GKAState(*every) if every_state else None
@@ -210,17 +212,6 @@ def gated_kalmanet_step(
         current = GKAState(*(target.copy_(source) for target, source in zip(state, current, strict=True)))
     every = GKAState(*(torch.stack(pair, dim=1) for pair in zip(*states, strict=True))) if every_state else None
     return torch.cat(outputs, dim=1), current, every
-
-
-def _refusal(query: Tensor, value: Tensor, solver: GKASolver) -> str | None:
-    """What the Triton kernels cannot take about a call."""
-    if query.dtype == torch.float64:
-        return "float64"
-    if solver.method == "exact":
-        return "solver.method='exact'"
-    if HAS_TRITON and max(query.shape[-1], value.shape[-1]) > MAX_WIDTH:
-        return f"widths above {MAX_WIDTH} ({query.shape[-1]} and {value.shape[-1]})"
-    return None
 
 
 def _triton_inputs(
@@ -279,22 +270,24 @@ def _check(
     solution_mix: Tensor | None,
     key_log_decay: Tensor | None,
     input_gate: Tensor | None,
-    initial_state: GKAState | None,
+    state: GKAState | None,
+    function: str = _NAME,
+    state_name: str = "initial_state",
 ) -> None:
     if query.ndim != 4 or query.shape[1] < 1 or not query.is_floating_point():
         raise ValueError(
-            f"{_NAME}: `query` must be a float tensor of shape (B, T >= 1, H, Dk), got {tuple(query.shape)} "
+            f"{function}: `query` must be a float tensor of shape (B, T >= 1, H, Dk), got {tuple(query.shape)} "
             f"{query.dtype}."
         )
     batch, length, heads, width = query.shape
     for name, tensor in (("key", key), ("value", value)):
         if tensor.ndim != 4 or tensor.shape[:2] != query.shape[:2] or heads % tensor.shape[2]:
             raise ValueError(
-                f"{_NAME}: `{name}` must have shape ({batch}, {length}, G, D) with G dividing the {heads} heads of "
+                f"{function}: `{name}` must have shape ({batch}, {length}, G, D) with G dividing the {heads} heads of "
                 f"`query`, got {tuple(tensor.shape)}."
             )
     if key.shape[-1] != width:
-        raise ValueError(f"{_NAME}: `key` must have the width {width} of `query`, got {key.shape[-1]}.")
+        raise ValueError(f"{function}: `key` must have the width {width} of `query`, got {key.shape[-1]}.")
     gates = {
         "log_decay": log_decay,
         "solution_mix": solution_mix,
@@ -304,13 +297,15 @@ def _check(
     for name, tensor in gates.items():
         if tensor is not None and tuple(tensor.shape) != (batch, length, heads):
             raise ValueError(
-                f"{_NAME}: `{name}` must have shape ({batch}, {length}, {heads}), got {tuple(tensor.shape)}."
+                f"{function}: `{name}` must have shape ({batch}, {length}, {heads}), got {tuple(tensor.shape)}."
             )
-    if initial_state is not None:
+    if state is not None:
         wanted = {"key_gram": (batch, heads, width, width), "value_key": (batch, heads, value.shape[-1], width)}
-        for (name, shape), tensor in zip(wanted.items(), initial_state, strict=True):
+        for (name, shape), tensor in zip(wanted.items(), state, strict=True):
             if tuple(tensor.shape) != shape:
-                raise ValueError(f"{_NAME}: `initial_state.{name}` must have shape {shape}, got {tuple(tensor.shape)}.")
+                raise ValueError(
+                    f"{function}: `{state_name}.{name}` must have shape {shape}, got {tuple(tensor.shape)}."
+                )
 
 
 def _neutral(inputs: Inputs, valid: Tensor) -> Inputs:

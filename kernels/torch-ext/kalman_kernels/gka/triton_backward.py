@@ -621,7 +621,7 @@ def gka_triton_backward(
         rows[0] = solution_sizes
     d_query = torch.empty_like(query)
     d_mix = planes.new_zeros(batch, length, heads) if kind == 0 else planes.new_empty(batch, length, heads)
-    d_mixed, adjoints = torch.empty_like(solutions), query.new_zeros(0)
+    d_mixed = torch.empty_like(solutions)
     adjoint_read_kernel[grid](
         query,
         key,
@@ -641,6 +641,7 @@ def gka_triton_backward(
         **launch(config, "adjoint_read"),
     )
     anchors = _anchors(states)
+    # Only the Gram states are needed from here on: this frees the others.
     states = states._replace(value_keys=planes)
     d_key = torch.empty(batch, length, heads, width, dtype=key.dtype, device=key.device)
     if kind != 0:

@@ -13,14 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .mixer import MixerInputs, MixerOptions
-from .reference import CG_FLOOR, GKASolver
-from .triton_common import long
+from .reference import GKASolver
+from .triton_common import TOLERANCE, filled, long
 from .triton_forward import TritonInputs, decay_count, method
 
-__all__ = ["MAX_STEP", "gka_triton_mixer_step", "gka_triton_step"]
-
-# Tokens that one launch takes: beyond, the chunks are faster.
-MAX_STEP = 8
+__all__ = ["gka_triton_mixer_step", "gka_triton_step"]
 
 
 @triton.jit
@@ -101,6 +98,26 @@ def _unit(x):
 def _round(x, pointer):
     """What a tensor of the pointer's dtype would have held."""
     return x.to(pointer.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def _gate(pointer, MIXER: tl.constexpr):
+    """An input gate; MIXER: before its sigmoid."""
+    gate = tl.load(pointer).to(tl.float32)
+    if MIXER:
+        gate = _round(_round(1.0 / (1.0 + tl.exp(-gate)), pointer) + 1e-6, pointer)
+    return gate
+
+
+@triton.jit
+def _kept(pointer, rate, bias, MIXER: tl.constexpr):
+    """What a state keeps: exp of a log decay; MIXER: of -exp(A_log) softplus(a + dt_bias)."""
+    log = tl.load(pointer).to(tl.float32)
+    if MIXER:
+        x = log + tl.load(bias).to(tl.float32)
+        softplus = tl.where(x > 20.0, x, tl.log(1.0 + tl.exp(tl.minimum(x, 20.0))))
+        log = -tl.exp(tl.load(rate).to(tl.float32)) * softplus
+    return tl.exp(log)
 
 
 @triton.jit(do_not_specialize=["length", "iterations", "ridge", "tolerance", "scale", "eps"])
@@ -193,19 +210,14 @@ def step_kernel(
             k = tl.load(key_at + key_head * WIDTH + rows, mask=inside, other=0.0).to(tl.float32)
             q = tl.load(query_at + query_head * WIDTH + rows, mask=inside, other=0.0).to(tl.float32)
         if GATED:
-            gate = tl.load(input_gate + place).to(tl.float32)
-            if MIXER:
-                gate = _round(_round(1.0 / (1.0 + tl.exp(-gate)), input_gate) + 1e-6, input_gate)
+            gate = _gate(input_gate + place, MIXER)
             k = k * gate
         keep = 1.0
         if (DECAYS == 1) | (DECAYS == 2):
             if DECAYS == 2:
                 keep = tl.exp(tl.load(key_log_decay + place).to(tl.float32))
             else:
-                keep = tl.load(log_decay + place).to(tl.float32)
-                if MIXER:
-                    keep = _log_decay(keep, decay_rate, decay_bias, head)
-                keep = tl.exp(keep)
+                keep = _kept(log_decay + place, decay_rate + head, decay_bias + head, MIXER)
         if PACKED:
             number = tl.load(numbers + batch * length + token)
             keep = tl.where(number == previous, keep, 0.0)
@@ -249,16 +261,11 @@ def step_kernel(
         if VALUE_SILU:
             v = _round(_silu(v), value)
         if GATED:
-            gate = tl.load(input_gate + place).to(tl.float32)
-            if MIXER:
-                gate = _round(_round(1.0 / (1.0 + tl.exp(-gate)), input_gate) + 1e-6, input_gate)
+            gate = _gate(input_gate + place, MIXER)
             v = v * gate
         keep = 1.0
         if DECAYS > 0:
-            keep = tl.load(log_decay + place).to(tl.float32)
-            if MIXER:
-                keep = _log_decay(keep, decay_rate, decay_bias, head)
-            keep = tl.exp(keep)
+            keep = _kept(log_decay + place, decay_rate + head, decay_bias + head, MIXER)
         if PACKED:
             number = tl.load(numbers + batch * length + token)
             keep = tl.where(number == previous, keep, 0.0)
@@ -280,14 +287,6 @@ def step_kernel(
                 y = y * _silu(tl.load(source, mask=value_inside, other=0.0).to(tl.float32))
         tl.store(target, y.to(outputs.dtype.element_ty), mask=value_inside)
     tl.store(value_key_out + line * VALUE_WIDTH * WIDTH + offset, state, mask=mask)
-
-
-@triton.jit
-def _log_decay(step, decay_rate, decay_bias, head):
-    """-exp(A_log) softplus(a + dt_bias)."""
-    x = step + tl.load(decay_bias + head).to(tl.float32)
-    softplus = tl.where(x > 20.0, x, tl.log(1.0 + tl.exp(tl.minimum(x, 20.0))))
-    return -tl.exp(tl.load(decay_rate + head).to(tl.float32)) * softplus
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -342,10 +341,9 @@ def _shift(raw, past, stride, batch, channel, length, channels, TAPS: tl.constex
     )
 
 
-# Warps by the wider of both widths. Eight are three times slower than four: the solve waits for its barriers.
+# Warps by the wider of both widths. More are slower: the solve then waits for its barriers.
 WARPS = {16: 1, 32: 1, 64: 2, 128: 4}
 # Squared relative residuals at which a step stops: the states are float32, so only the output's dtype matters.
-STEP_TOLERANCE = {torch.float32: CG_FLOOR * torch.finfo(torch.float32).eps ** 2}
 HALF_STEP_TOLERANCE = 1e-7
 
 
@@ -456,8 +454,7 @@ def gka_triton_mixer_step(inputs: MixerInputs, solver: GKASolver, options: Mixer
 def _launch(tokens, gates, numbers, valid, surroundings, states, outputs, heads, solver, scale, eps, options) -> None:
     query, key, value = tokens
     batch, length, query_heads, width = query.shape
-    block = max(16, triton.next_power_of_2(width))
-    value_block = max(16, triton.next_power_of_2(value.shape[-1]))
+    block, value_block = filled(width), filled(value.shape[-1])
     mixed = torch.empty(2, batch, length, heads, width, dtype=torch.float32, device=query.device)
     step_kernel[(batch * heads,)](
         query,
@@ -477,7 +474,7 @@ def _launch(tokens, gates, numbers, valid, surroundings, states, outputs, heads,
         value.shape[2],
         solver.iterations,
         solver.ridge_ratio,
-        STEP_TOLERANCE.get(query.dtype, HALF_STEP_TOLERANCE),
+        TOLERANCE["float32"] if query.dtype == torch.float32 else HALF_STEP_TOLERANCE,
         scale,
         eps,
         METHOD=method(solver),

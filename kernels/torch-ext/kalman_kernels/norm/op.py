@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..dispatch import HAS_TRITON, Implementation, choose
+from ..numerics import widen
 
 if HAS_TRITON or TYPE_CHECKING:
     from .triton_norm import norm_triton_backward, norm_triton_forward
@@ -51,15 +52,11 @@ def gated_rms_norm(
     refusal = "float64" if inputs.dtype == torch.float64 else None
     if choose(_NAME, implementation, IMPLEMENTATIONS, inputs.device, refusal).implementation == "triton":
         return _forward(inputs.contiguous(), None if gate is None else gate.contiguous(), weight.contiguous(), eps)
-    wide = _widen(inputs)
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * _widen(weight)
+    wide = widen(inputs)
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * widen(weight)
     if gate is not None:
-        wide = wide * F.silu(_widen(gate))
+        wide = wide * F.silu(widen(gate))
     return wide.to(inputs.dtype)
-
-
-def _widen(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 @torch.library.custom_op("kalman_kernels::gated_rms_norm", mutates_args=())
