@@ -267,7 +267,7 @@ def tune():
             "solve",
             "adjoint_read",
             "adjoint_query",
-            "adjoint_increments",
+            "adjoint_walk",
             "adjoint_gram",
             "adjoint_value",
         ]

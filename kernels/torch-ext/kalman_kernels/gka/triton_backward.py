@@ -27,21 +27,21 @@ from .triton_common import (
     products,
     scaled_rows,
     scaled_vector,
-    store_operand,
     store_rows,
     within,
 )
 from .triton_forward import (
-    States,
     TritonInputs,
+    Walked,
     compute_states,
     constants,
     gates,
     launch_solve,
     method,
     mixed_rows,
-    scan,
     sizes,
+    store_state,
+    walk,
 )
 
 __all__ = ["gka_triton_backward"]
@@ -244,8 +244,8 @@ def ridge_scan_kernel(
         carried = tl.sum(tl.where(tl.arange(0, BLOCK) == 0, total, 0.0), 0)
 
 
-@triton.jit(do_not_specialize=["length", "chunks", "scale"])
-def adjoint_increments_kernel(
+@triton.jit(do_not_specialize=["length", "chunks", "span_chunks", "scale"])
+def adjoint_walk_kernel(
     query,
     key,
     gates,
@@ -255,17 +255,27 @@ def adjoint_increments_kernel(
     rows,
     arriving,
     d_outputs,
+    initial_gram,
+    initial_value_key,
+    bounds,
+    factors,
     grams,
     value_keys,
     units,
+    final_gram,
+    final_value_key,
     length,
     chunks,
     heads,
     key_heads,
     planes,
+    span_chunks,
     scale,
     METHOD: tl.constexpr,
     RIDGE: tl.constexpr,
+    HAS_STATE: tl.constexpr,
+    STORE: tl.constexpr,
+    FINAL: tl.constexpr,
     PACKED: tl.constexpr,
     WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
@@ -275,54 +285,235 @@ def adjoint_increments_kernel(
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """What one chunk adds to both adjoint states, (B H, chunks, D, Dk) in units; README eqs. 13-15."""
-    program = long(tl.program_id(0))
-    line, chunk = program // chunks, (program % chunks).to(tl.int32)
+    """Both adjoint states, back through time: `walk_kernel` in reverse; README eqs. 13-15.
+
+    Writes the adjoint that arrives at the end of every chunk.
+    """
+    half = tl.num_programs(0) // 2
+    program = tl.program_id(0)
+    kind, span_line = program // half, long(program % half)
+    spans = tl.cdiv(chunks, span_chunks)
+    line, span = span_line // spans, (span_line % spans).to(tl.int32)
     batch, head = line // heads, line % heads
+    first, last = span * span_chunks, tl.minimum((span + 1) * span_chunks, chunks)
+    token = batch * length * heads + head
+    solutions += token * WIDTH
+    gates += line * chunks * CHUNK
+    numbers += batch * chunks * CHUNK
+    rows += line * chunks * CHUNK
+    bounds += program
+    factors += program
+    units += (kind * (half // spans) + line) * chunks
+    if kind == 0:
+        _adjoint_gram_walk(
+            key + (batch * length * key_heads + head // (heads // key_heads)) * WIDTH,
+            gates,
+            numbers,
+            solutions,
+            adjoints + token * WIDTH,
+            rows,
+            arriving + line * (chunks + 1),
+            initial_gram + span_line * WIDTH * WIDTH,
+            bounds,
+            factors,
+            grams + line * chunks * WIDTH * WIDTH,
+            units,
+            final_gram + span_line * WIDTH * WIDTH,
+            length,
+            first,
+            last,
+            heads,
+            key_heads,
+            planes,
+            METHOD,
+            RIDGE,
+            HAS_STATE,
+            STORE,
+            FINAL,
+            PACKED,
+            WIDTH,
+            CHUNK,
+            BLOCK,
+            OPERAND,
+            PRECISION,
+        )
+    else:
+        _adjoint_value_walk(
+            query + token * WIDTH,
+            gates,
+            numbers,
+            solutions,
+            rows,
+            d_outputs + token * VALUE_WIDTH,
+            initial_value_key + span_line * VALUE_WIDTH * WIDTH,
+            bounds,
+            factors,
+            value_keys + line * chunks * VALUE_WIDTH * WIDTH,
+            units,
+            final_value_key + span_line * VALUE_WIDTH * WIDTH,
+            length,
+            first,
+            last,
+            heads,
+            planes,
+            scale,
+            METHOD,
+            HAS_STATE,
+            STORE,
+            FINAL,
+            PACKED,
+            WIDTH,
+            VALUE_WIDTH,
+            CHUNK,
+            BLOCK,
+            VALUE_BLOCK,
+            OPERAND,
+            PRECISION,
+        )
+
+
+@triton.jit
+def _adjoint_gram_walk(
+    key,
+    gates,
+    numbers,
+    solutions,
+    adjoints,
+    rows,
+    arriving,
+    initial,
+    bounds,
+    factors,
+    states,
+    units,
+    final,
+    length,
+    first,
+    last,
+    heads,
+    key_heads,
+    planes,
+    METHOD: tl.constexpr,
+    RIDGE: tl.constexpr,
+    HAS_STATE: tl.constexpr,
+    STORE: tl.constexpr,
+    FINAL: tl.constexpr,
+    PACKED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    row, lines = tl.arange(0, CHUNK), tl.arange(0, BLOCK)
+    mask = (lines < WIDTH)[:, None] & (lines < WIDTH)[None, :]
+    offset = lines[:, None] * WIDTH + lines[None, :]
+    stride, key_stride = heads * WIDTH, key_heads * WIDTH
+    state = tl.zeros((BLOCK, BLOCK), tl.float32)
+    bound, kept = 0.0, 1.0
+    if HAS_STATE:
+        state = tl.load(initial + offset, mask=mask, other=0.0)
+        bound = tl.load(bounds)
+    for step in range(0, last - first):
+        chunk = last - 1 - step
+        start = long(chunk) * CHUNK
+        count = length - start
+        into, out, through = carries(gates, numbers, chunk, row, CHUNK, PACKED)
+        if STORE:
+            store_state(states, units, chunk, offset, mask, state, bound, WIDTH * WIDTH)
+        state = state * through
+        bound = bound * through
+        kept = kept * through
+        if METHOD != 0:
+            x, x_scale = scaled_rows(load_rows(solutions + start * stride, stride, row, count, lines, WIDTH), OPERAND)
+            z, z_scale = scaled_rows(load_rows(adjoints + start * stride, stride, row, count, lines, WIDTH), OPERAND)
+            weight = into * tl.load(rows + start + row) * tl.load(rows + planes + start + row)
+            tile, added = products(z, z_scale, x, x_scale, weight, OPERAND, PRECISION)
+            state -= tile * (added * (1.0 / 1024.0))
+            tile, added = products(x, x_scale, z, z_scale, weight, OPERAND, PRECISION)
+            state -= tile * (added * (1.0 / 1024.0))
+            bound += 2 * added
+            if RIDGE:
+                gate = tl.load(gates + 2 * planes + start + row)
+                weight = tl.load(rows + 2 * planes + start + row) + out * out * tl.load(arriving + chunk + 1)
+                keys, key_scale = scaled_rows(
+                    load_rows(key + start * key_stride, key_stride, row, count, lines, WIDTH), OPERAND
+                )
+                weight = 2 * weight * into * gate * gate
+                tile, added = products(keys, key_scale, keys, key_scale, weight, OPERAND, PRECISION)
+                state -= tile * (added * (1.0 / 1024.0))
+                bound += added
+    if FINAL:
+        tl.store(final + offset, state, mask=mask)
+    if not STORE:
+        tl.store(factors, kept)
+
+
+@triton.jit
+def _adjoint_value_walk(
+    query,
+    gates,
+    numbers,
+    solutions,
+    rows,
+    d_outputs,
+    initial,
+    bounds,
+    factors,
+    states,
+    units,
+    final,
+    length,
+    first,
+    last,
+    heads,
+    planes,
+    scale,
+    METHOD: tl.constexpr,
+    HAS_STATE: tl.constexpr,
+    STORE: tl.constexpr,
+    FINAL: tl.constexpr,
+    PACKED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VALUE_BLOCK: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     row, lines, value_lines = tl.arange(0, CHUNK), tl.arange(0, BLOCK), tl.arange(0, VALUE_BLOCK)
-    first = long(chunk) * CHUNK
-    count = length - chunk * CHUNK
-    row_gates = line * chunks * CHUNK
-    place = row_gates + first + row
-    number = numbers + batch * chunks * CHUNK
-    token = (batch * length + first) * heads + head
-    tile = tl.zeros((BLOCK, BLOCK), tl.float32)
-    bound = 0.0
-    if METHOD != 0:
-        x, x_scale = scaled_rows(load_rows(solutions + token * WIDTH, heads * WIDTH, row, count, lines, WIDTH), OPERAND)
-        z, z_scale = scaled_rows(load_rows(adjoints + token * WIDTH, heads * WIDTH, row, count, lines, WIDTH), OPERAND)
-        into, out, _ = carries(gates + row_gates, number, chunk, row, CHUNK, PACKED)
-        weight = into * tl.load(rows + place) * tl.load(rows + planes + place)
-        tile, bound = products(z, z_scale, x, x_scale, weight, OPERAND, PRECISION)
-        other, _ = products(x, x_scale, z, z_scale, weight, OPERAND, PRECISION)
-        tile = -(tile + other)
-        bound = 2 * bound
-        if RIDGE:
-            gate = tl.load(gates + 2 * planes + place)
-            weight = tl.load(rows + 2 * planes + place)
-            weight += out * out * tl.load(arriving + line * (chunks + 1) + chunk + 1)
-            key_base = key + ((batch * length + first) * key_heads + head // (heads // key_heads)) * WIDTH
-            keys, key_scale = scaled_rows(load_rows(key_base, key_heads * WIDTH, row, count, lines, WIDTH), OPERAND)
-            weight = 2 * weight * into * gate * gate
-            other, other_bound = products(keys, key_scale, keys, key_scale, weight, OPERAND, PRECISION)
-            total = bound + other_bound
-            inverse = tl.where(total > 0, 1.0 / total, 0.0)
-            tile = tile * (0.5 * bound * inverse) - other * (other_bound * inverse)
-            bound = total
-        else:
-            tile = tile * 0.5
-    store_operand(grams + program * WIDTH * WIDTH, lines, lines, tile, WIDTH, WIDTH)
-    tl.store(units + program, bound)
-    mix = tl.load(gates + 3 * planes + place)
-    mixed = mixed_rows(query, solutions, rows, mix, token, place, row, count, lines, heads, METHOD, WIDTH)
-    mixed, mixed_scale = scaled_rows(mixed, OPERAND)
-    dy, dy_scale = scaled_rows(
-        load_rows(d_outputs + token * VALUE_WIDTH, heads * VALUE_WIDTH, row, count, value_lines, VALUE_WIDTH), OPERAND
-    )
-    into, _, _ = carries(gates + planes + row_gates, number, chunk, row, CHUNK, PACKED)
-    tile, bound = products(dy, dy_scale, mixed, mixed_scale, into * scale, OPERAND, PRECISION)
-    store_operand(value_keys + program * VALUE_WIDTH * WIDTH, value_lines, lines, tile, VALUE_WIDTH, WIDTH)
-    tl.store(units + tl.num_programs(0) + program, bound)
+    mask = (value_lines < VALUE_WIDTH)[:, None] & (lines < WIDTH)[None, :]
+    offset = value_lines[:, None] * WIDTH + lines[None, :]
+    stride = heads * VALUE_WIDTH
+    state = tl.zeros((VALUE_BLOCK, BLOCK), tl.float32)
+    bound, kept = 0.0, 1.0
+    if HAS_STATE:
+        state = tl.load(initial + offset, mask=mask, other=0.0)
+        bound = tl.load(bounds)
+    for step in range(0, last - first):
+        chunk = last - 1 - step
+        start = long(chunk) * CHUNK
+        count = length - start
+        into, _, through = carries(gates + planes, numbers, chunk, row, CHUNK, PACKED)
+        if STORE:
+            store_state(states, units, chunk, offset, mask, state, bound, VALUE_WIDTH * WIDTH)
+        mix = tl.load(gates + 3 * planes + start + row)
+        mixed = mixed_rows(
+            query, solutions, rows, mix, start * heads * WIDTH, start + row, row, count, lines, heads, METHOD, WIDTH
+        )
+        mixed, mixed_scale = scaled_rows(mixed, OPERAND)
+        dy, dy_scale = scaled_rows(
+            load_rows(d_outputs + start * stride, stride, row, count, value_lines, VALUE_WIDTH), OPERAND
+        )
+        tile, added = products(dy, dy_scale, mixed, mixed_scale, into * scale, OPERAND, PRECISION)
+        state = state * through + tile * (added * (1.0 / 1024.0))
+        bound = bound * through + added
+        kept = kept * through
+    if FINAL:
+        tl.store(final + offset, state, mask=mask)
+    if not STORE:
+        tl.store(factors, kept)
 
 
 @triton.jit(do_not_specialize=["length", "chunks"])
@@ -463,7 +654,7 @@ def adjoint_value_kernel(
     out = out * tl.load(units + tl.num_programs(0) + program)
     state = load_operand(value_keys + program * VALUE_WIDTH * WIDTH, value_lines, lines, VALUE_WIDTH, WIDTH)
     mix = tl.load(gates + 3 * planes + place)
-    mixed = mixed_rows(query, solutions, rows, mix, token, place, row, count, lines, heads, METHOD, WIDTH)
+    mixed = mixed_rows(query, solutions, rows, mix, token * WIDTH, place, row, count, lines, heads, METHOD, WIDTH)
     mixed, mixed_scale = scaled_rows(mixed, OPERAND)
     dy, dy_scale = scaled_rows(
         load_rows(d_outputs + token * VALUE_WIDTH, heads * VALUE_WIDTH, row, count, value_lines, VALUE_WIDTH), OPERAND
@@ -687,42 +878,38 @@ def gka_triton_backward(
             BLOCK=1024,
             num_warps=4,
         )
-    grams, value_keys = (
-        torch.empty(batch, heads, count.chunks, d, width, dtype=config.storage, device=query.device)
-        for d in (width, value_width)
-    )
-    units = planes.new_empty(2, batch, heads, count.chunks)
-    adjoint_increments_kernel[grid](
-        query,
-        key,
-        planes,
-        numbers,
-        solutions,
-        adjoints,
-        rows,
-        arriving,
-        d_outputs,
-        grams,
-        value_keys,
-        units,
-        count.length,
-        count.chunks,
-        heads,
-        count.key_heads,
-        count.planes,
-        scale,
-        RIDGE=ridge_gradient,
-        **options,
-        **launch(config, "adjoint_increments"),
-    )
-    packed = inputs.numbers is not None
-    added, units = units, torch.empty_like(units)
-    d_initial_gram = d_initial_value_key = None
-    if initial is not None:
-        d_initial_gram, d_initial_value_key = torch.empty_like(initial[0]), torch.empty_like(initial[1])
+
+    def start(programs: int, buffers: tuple[Tensor, ...], span_chunks: int, **flags: bool) -> None:
+        adjoint_walk_kernel[(programs,)](
+            query,
+            key,
+            planes,
+            numbers,
+            solutions,
+            adjoints,
+            rows,
+            arriving,
+            d_outputs,
+            *buffers,
+            count.length,
+            count.chunks,
+            heads,
+            count.key_heads,
+            count.planes,
+            span_chunks,
+            scale,
+            RIDGE=ridge_gradient,
+            **flags,
+            **options,
+            **launch(config, "adjoint_walk"),
+        )
+
     symmetric = None if d_gram is None else d_gram + d_gram.mT
-    scan(grams, added[0], units[0], planes[0], numbers, symmetric, d_initial_gram, config, packed, True)
-    scan(value_keys, added[1], units[1], planes[1], numbers, d_value_key, d_initial_value_key, config, packed, True)
+    arrived = walk(start, planes, (width, value_width), config, (symmetric, d_value_key), reverse=True)
+    grams, value_keys, units, d_initial_gram, d_initial_value_key = arrived
+    if initial is None:
+        d_initial_gram = d_initial_value_key = None
+    del arrived
     if d_initial_gram is not None and initial is not None:
         d_initial_gram = 0.5 * d_initial_gram
         if ridge_gradient:
@@ -797,7 +984,7 @@ def gka_triton_backward(
             count.planes,
             SHARED=d_key_log_decay is None,
             RIDGE=ridge_gradient,
-            PACKED=packed,
+            PACKED=inputs.numbers is not None,
             CHUNK=config.chunk,
             SPAN=span,
             num_warps=8,
@@ -832,7 +1019,7 @@ class Anchors(NamedTuple):
     final: Tensor  # (B, H, D, Dk) float32
 
 
-def _anchors(states: States) -> tuple[Anchors, Anchors]:
+def _anchors(states: Walked) -> tuple[Anchors, Anchors]:
     """Copies that outlive the states of all chunks."""
 
     def pick(tiles: Tensor, units: Tensor, final: Tensor) -> Anchors:

@@ -94,15 +94,6 @@ def load_operand(pointer, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constex
 
 
 @triton.jit
-def store_operand(pointer, rows, columns, tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Store a tile of `products`: an element as large as the bound becomes 2^14, deep inside the range of float16."""
-    mask = (rows < ROWS)[:, None] & (columns < COLUMNS)[None, :]
-    tl.store(
-        pointer + rows[:, None] * COLUMNS + columns[None, :], (tile * 16.0).to(pointer.dtype.element_ty), mask=mask
-    )
-
-
-@triton.jit
 def carries(cumulative, numbers, chunk, rows, CHUNK: tl.constexpr, PACKED: tl.constexpr):
     """Decays of one chunk: into each token, from each token to the end, through; README eq. 7.
 
@@ -274,7 +265,7 @@ LAUNCH = {
     "walk": {"num_warps": 8},
     "read": {"num_warps": 8, "maxnreg": 128},
     "adjoint_read": {"num_warps": 8, "maxnreg": 128},
-    "adjoint_increments": {"num_warps": 8},
+    "adjoint_walk": {"num_warps": 8},
     "adjoint_gram": {"num_warps": 8},
     "adjoint_value": {"num_warps": 8},
 }

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -31,7 +32,6 @@ from .triton_common import (
     scaled_rows,
     scaled_vector,
     solve,
-    store_operand,
     store_rows,
     within,
 )
@@ -87,58 +87,7 @@ def gates_kernel(
     tl.store(gates + 3 * planes + written, mix, mask=mask)
 
 
-@triton.jit(do_not_specialize=["length", "chunks"])
-def increments_kernel(
-    key,
-    value,
-    gates,
-    numbers,
-    grams,
-    value_keys,
-    units,
-    length,
-    chunks,
-    heads,
-    key_heads,
-    value_heads,
-    planes,
-    PACKED: tl.constexpr,
-    WIDTH: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-    VALUE_BLOCK: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """What one chunk adds to both states, (B H, chunks, D, Dk) in the units written beside; README eq. 8, 23."""
-    program = long(tl.program_id(0))
-    line, chunk = program // chunks, (program % chunks).to(tl.int32)
-    batch, head = line // heads, line % heads
-    row, lines, value_lines = tl.arange(0, CHUNK), tl.arange(0, BLOCK), tl.arange(0, VALUE_BLOCK)
-    first = long(chunk) * CHUNK
-    count = length - chunk * CHUNK
-    row_gates = line * chunks * CHUNK
-    number = numbers + batch * chunks * CHUNK
-    token = batch * length + first
-    gate = tl.load(gates + 2 * planes + row_gates + first + row)
-    key_base = key + (token * key_heads + head // (heads // key_heads)) * WIDTH
-    keys, key_scale = scaled_rows(load_rows(key_base, key_heads * WIDTH, row, count, lines, WIDTH), OPERAND)
-    _, out, _ = carries(gates + row_gates, number, chunk, row, CHUNK, PACKED)
-    tile, bound = products(keys, key_scale, keys, key_scale, out * gate * gate, OPERAND, PRECISION)
-    store_operand(grams + program * WIDTH * WIDTH, lines, lines, tile, WIDTH, WIDTH)
-    tl.store(units + program, bound)
-    value_base = value + (token * value_heads + head // (heads // value_heads)) * VALUE_WIDTH
-    values, value_scale = scaled_rows(
-        load_rows(value_base, value_heads * VALUE_WIDTH, row, count, value_lines, VALUE_WIDTH), OPERAND
-    )
-    _, out, _ = carries(gates + planes + row_gates, number, chunk, row, CHUNK, PACKED)
-    tile, bound = products(values, value_scale, keys, key_scale, out * gate * gate, OPERAND, PRECISION)
-    store_operand(value_keys + program * VALUE_WIDTH * WIDTH, value_lines, lines, tile, VALUE_WIDTH, WIDTH)
-    tl.store(units + tl.num_programs(0) + program, bound)
-
-
-@triton.jit(do_not_specialize=["length", "chunks"])
+@triton.jit(do_not_specialize=["length", "chunks", "span_chunks"])
 def walk_kernel(
     key,
     value,
@@ -146,8 +95,8 @@ def walk_kernel(
     numbers,
     initial_gram,
     initial_value_key,
-    gram_bounds,
-    value_bounds,
+    bounds,
+    factors,
     grams,
     value_keys,
     units,
@@ -159,7 +108,10 @@ def walk_kernel(
     key_heads,
     value_heads,
     planes,
+    span_chunks,
     HAS_STATE: tl.constexpr,
+    STORE: tl.constexpr,
+    FINAL: tl.constexpr,
     PACKED: tl.constexpr,
     WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
@@ -169,34 +121,46 @@ def walk_kernel(
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`increments_kernel` and `scan_kernel` in one: a program carries one state of one head through time.
+    """One program carries one state of one head through a span of chunks; README eqs. 8, 23.
 
-    It moves a third of their bytes, and has no more programs than there are states: the choice for many heads.
+    STORE: writes the state before every chunk and its unit; HAS_STATE: starts from `initial_*` (B H, spans, D, Dk) with
+    largest elements `bounds` (2, B H, spans); FINAL: writes the state at the end. Without STORE also the span's decay
+    into `factors` (2, B H, spans).
     """
-    program = long(tl.program_id(0))
-    lines = tl.num_programs(0) // 2
-    line = program % lines
+    half = tl.num_programs(0) // 2
+    program = tl.program_id(0)
+    kind, span_line = program // half, long(program % half)
+    spans = tl.cdiv(chunks, span_chunks)
+    line, span = span_line // spans, (span_line % spans).to(tl.int32)
     batch, head = line // heads, line % heads
+    first, last = span * span_chunks, tl.minimum((span + 1) * span_chunks, chunks)
     key += (batch * length * key_heads + head // (heads // key_heads)) * WIDTH
     gates += line * chunks * CHUNK
     numbers += batch * chunks * CHUNK
-    if program < lines:
+    bounds += program
+    factors += program
+    units += (kind * (half // spans) + line) * chunks
+    if kind == 0:
         _walk(
             key,
             key,
             gates,
             gates + 2 * planes,
             numbers,
-            initial_gram + line * WIDTH * WIDTH,
-            gram_bounds + line,
+            initial_gram + span_line * WIDTH * WIDTH,
+            bounds,
+            factors,
             grams + line * chunks * WIDTH * WIDTH,
-            units + line * chunks,
-            final_gram + line * WIDTH * WIDTH,
+            units,
+            final_gram + span_line * WIDTH * WIDTH,
             length,
-            chunks,
+            first,
+            last,
             key_heads,
             key_heads,
             HAS_STATE,
+            STORE,
+            FINAL,
             PACKED,
             WIDTH,
             WIDTH,
@@ -213,16 +177,20 @@ def walk_kernel(
             gates + planes,
             gates + 2 * planes,
             numbers,
-            initial_value_key + line * VALUE_WIDTH * WIDTH,
-            value_bounds + line,
+            initial_value_key + span_line * VALUE_WIDTH * WIDTH,
+            bounds,
+            factors,
             value_keys + line * chunks * VALUE_WIDTH * WIDTH,
-            units + (lines + line) * chunks,
-            final_value_key + line * VALUE_WIDTH * WIDTH,
+            units,
+            final_value_key + span_line * VALUE_WIDTH * WIDTH,
             length,
-            chunks,
+            first,
+            last,
             value_heads,
             key_heads,
             HAS_STATE,
+            STORE,
+            FINAL,
             PACKED,
             VALUE_WIDTH,
             WIDTH,
@@ -243,14 +211,18 @@ def _walk(
     numbers,
     initial,
     bounds,
+    factors,
     states,
     units,
     final,
     length,
-    chunks,
+    first,
+    last,
     left_heads,
     right_heads,
     HAS_STATE: tl.constexpr,
+    STORE: tl.constexpr,
+    FINAL: tl.constexpr,
     PACKED: tl.constexpr,
     LEFT_WIDTH: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -265,24 +237,22 @@ def _walk(
     offset = lines[:, None] * WIDTH + columns[None, :]
     left_stride, right_stride = left_heads * LEFT_WIDTH, right_heads * WIDTH
     state = tl.zeros((LEFT_BLOCK, BLOCK), tl.float32)
-    bound = 0.0
+    bound, kept = 0.0, 1.0
     if HAS_STATE:
         state = tl.load(initial + offset, mask=mask, other=0.0)
         bound = tl.load(bounds)
-    left_tile = load_raw(left, left_stride, row, length, lines, LEFT_WIDTH)
-    right_tile = load_raw(right, right_stride, row, length, columns, WIDTH)
-    for chunk in range(0, chunks):
-        first = long(chunk) * CHUNK
+    start = long(first) * CHUNK
+    left_tile = load_raw(left + start * left_stride, left_stride, row, length - start, lines, LEFT_WIDTH)
+    right_tile = load_raw(right + start * right_stride, right_stride, row, length - start, columns, WIDTH)
+    for chunk in range(first, last):
         # The next chunk is under way while this one is worked on.
-        following, count = first + CHUNK, length - (chunk + 1) * CHUNK
-        next_left = load_raw(left + following * left_stride, left_stride, row, count, lines, LEFT_WIDTH)
-        next_right = load_raw(right + following * right_stride, right_stride, row, count, columns, WIDTH)
-        factor = tl.load(gate + first + row)
+        following = long(chunk + 1) * CHUNK
+        next_left = load_raw(left + following * left_stride, left_stride, row, length - following, lines, LEFT_WIDTH)
+        next_right = load_raw(right + following * right_stride, right_stride, row, length - following, columns, WIDTH)
+        factor = tl.load(gate + following - CHUNK + row)
         _, out, through = carries(cumulative, numbers, chunk, row, CHUNK, PACKED)
-        scale, inverse = power_of_two(bound)
-        target = states + long(chunk) * (LEFT_WIDTH * WIDTH) + offset
-        tl.store(target, (state * (inverse * 16384.0)).to(states.dtype.element_ty), mask=mask)
-        tl.store(units + chunk, scale * (1.0 / 16384.0))
+        if STORE:
+            store_state(states, units, chunk, offset, mask, state, bound, LEFT_WIDTH * WIDTH)
         left_scaled, left_scale = scaled_rows(left_tile.to(tl.float32), OPERAND)
         right_scaled, right_scale = scaled_rows(right_tile.to(tl.float32), OPERAND)
         tile, added = products(
@@ -290,84 +260,50 @@ def _walk(
         )
         state = state * through + tile * (added * (1.0 / 1024.0))
         bound = bound * through + added
+        kept = kept * through
         left_tile, right_tile = next_left, next_right
-    tl.store(final + offset, state, mask=mask)
+    if FINAL:
+        tl.store(final + offset, state, mask=mask)
+    if not STORE:
+        tl.store(factors, kept)
 
 
-@triton.jit(do_not_specialize=["chunks"])
-def scan_kernel(
-    states,
-    units,
-    state_units,
-    gates,
-    numbers,
+@triton.jit
+def store_state(states, units, chunk, offset, mask, state, bound, SIZE: tl.constexpr):
+    """A state of no element above `bound` as an operand, and its unit; README eq. 23."""
+    scale, inverse = power_of_two(bound)
+    target = states + long(chunk) * SIZE + offset
+    tl.store(target, (state * (inverse * 16384.0)).to(states.dtype.element_ty), mask=mask)
+    tl.store(units + chunk, scale * (1.0 / 16384.0))
+
+
+@triton.jit(do_not_specialize=["spans"])
+def span_kernel(
+    added,
+    factors,
     initial,
-    bounds,
     final,
-    chunks,
-    heads,
-    PACKED: tl.constexpr,
+    spans,
     HAS_STATE: tl.constexpr,
     REVERSE: tl.constexpr,
-    FINAL: tl.constexpr,
     SIZE: tl.constexpr,
-    CHUNK: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Increments of chunks become the state before each chunk (REVERSE: after it), in place; README eqs. 8, 13.
-
-    One program carries TILE elements of one head through time.
-    """
+    """What spans add, (B H, spans, SIZE), becomes the state before each (REVERSE: after it), in place."""
     tiles: tl.constexpr = (SIZE + TILE - 1) // TILE
     program = tl.program_id(0)
     tile, line = program % tiles, long(program // tiles)
     offset = tile * TILE + tl.arange(0, TILE)
     inside = offset < SIZE
-    number = numbers + (line // heads) * chunks * CHUNK
-    cumulative = gates + line * chunks * CHUNK
-    states += line * chunks * SIZE
     state = tl.zeros((TILE,), tl.float32)
-    bound = 0.0
     if HAS_STATE:
         state = tl.load(initial + line * SIZE + offset, mask=inside, other=0.0)
-        bound = tl.load(bounds + line)
-    for block in range(0, tl.cdiv(chunks, 4)):
-        # The increments of four chunks are under way together: the walk would else wait for each of them.
-        start = long(block) * 4
-        added_0 = _increment(states, offset, start, chunks, REVERSE, SIZE)
-        added_1 = _increment(states, offset, start + 1, chunks, REVERSE, SIZE)
-        added_2 = _increment(states, offset, start + 2, chunks, REVERSE, SIZE)
-        added_3 = _increment(states, offset, start + 3, chunks, REVERSE, SIZE)
-        for step in tl.static_range(4):
-            added = added_0 if step == 0 else added_1 if step == 1 else added_2 if step == 2 else added_3
-            chunk = chunks - 1 - start - step if REVERSE else start + step
-            present = (chunk >= 0) & (chunk < chunks)
-            unit = tl.load(units + line * chunks + chunk, mask=present, other=0.0)
-            through = tl.exp2(tl.load(cumulative + chunk * CHUNK + CHUNK - 1, mask=present, other=0.0))
-            if PACKED:
-                last = tl.load(number + chunk * CHUNK + CHUNK - 1, mask=present, other=0)
-                before = tl.load(number + chunk * CHUNK - 1, mask=present & (chunk > 0), other=0)
-                through = tl.where((last == before) | (chunk < 0) | (chunk >= chunks), through, 0.0)
-            scale, inverse = power_of_two(bound)
-            tl.store(
-                states + chunk * SIZE + offset,
-                (state * (inverse * 16384.0)).to(states.dtype.element_ty),
-                mask=offset < tl.where(present, SIZE, 0),
-            )
-            if present & (tile == 0):
-                tl.store(state_units + line * chunks + chunk, scale * (1.0 / 16384.0))
-            state = state * through + added * (unit * (1.0 / 16384.0))
-            bound = bound * through + unit
-    if FINAL:
-        tl.store(final + line * SIZE + offset, state, mask=inside)
-
-
-@triton.jit
-def _increment(states, offset, step, chunks, REVERSE: tl.constexpr, SIZE: tl.constexpr):
-    """The increment of the chunk visited at `step`."""
-    chunk = chunks - 1 - step if REVERSE else step
-    limit = tl.where((chunk >= 0) & (chunk < chunks), SIZE, 0)
-    return tl.load(states + chunk * SIZE + offset, mask=offset < limit, other=0.0).to(tl.float32)
+    for step in range(0, spans):
+        place = line * spans + (spans - 1 - step if REVERSE else step)
+        summand = tl.load(added + place * SIZE + offset, mask=inside, other=0.0)
+        tl.store(added + place * SIZE + offset, state, mask=inside)
+        state = state * tl.load(factors + place) + summand
+    tl.store(final + line * SIZE + offset, state, mask=inside)
 
 
 @triton.jit(do_not_specialize=["length", "chunks", "iterations", "ridge", "tolerance"])
@@ -463,12 +399,12 @@ def solve_kernel(
 
 @triton.jit
 def mixed_rows(
-    query, solutions, rows, mix, token, place, row, count, lines, heads, METHOD: tl.constexpr, WIDTH: tl.constexpr
+    query, solutions, rows, mix, offset, place, row, count, lines, heads, METHOD: tl.constexpr, WIDTH: tl.constexpr
 ):
     """q' of README eq. 6 for one chunk, in float32."""
-    tile = load_rows(query + token * WIDTH, heads * WIDTH, row, count, lines, WIDTH)
+    tile = load_rows(query + offset, heads * WIDTH, row, count, lines, WIDTH)
     if METHOD != 0:
-        x = load_rows(solutions + token * WIDTH, heads * WIDTH, row, count, lines, WIDTH)
+        x = load_rows(solutions + offset, heads * WIDTH, row, count, lines, WIDTH)
         tile += mix[:, None] * (x * tl.load(rows + place)[:, None] - tile)
     return tile
 
@@ -517,7 +453,7 @@ def read_kernel(
     token = (batch * length + first) * heads + head
     gate = tl.load(gates + 2 * planes + place)
     mix = tl.load(gates + 3 * planes + place)
-    mixed = mixed_rows(query, solutions, rows, mix, token, place, row, count, lines, heads, METHOD, WIDTH)
+    mixed = mixed_rows(query, solutions, rows, mix, token * WIDTH, place, row, count, lines, heads, METHOD, WIDTH)
     probe, probe_scale = scaled_rows(mixed, OPERAND)
     into, _, _ = carries(gates + planes + row_gates, number, chunk, row, CHUNK, PACKED)
     into = into * tl.load(units + tl.num_programs(0) + program)
@@ -618,53 +554,14 @@ def gates(inputs: TritonInputs, config: Plan) -> tuple[Tensor, Tensor]:
     return planes, numbers
 
 
-# Elements of a state in one program of the scan.
+# Programs that fill a device, and the fewest chunks of a span: spans are walked twice.
+PROGRAMS, SPAN_CHUNKS = 256, 4
+# Elements of a state in one program of `span_kernel`.
 TILE = 1024
-# States from which on one program carries a whole state through time.
-WALKS = 256
 
 
-def scan(
-    states: Tensor,
-    units: Tensor,
-    state_units: Tensor,
-    planes: Tensor,
-    numbers: Tensor,
-    initial: Tensor | None,
-    final: Tensor | None,
-    config: Plan,
-    packed: bool,
-    reverse: bool = False,
-) -> None:
-    """Turn increments (B, H, chunks, D, Dk) in `units` into states in place; writes `state_units` and `final`."""
-    batch, heads, chunks, rows, columns = states.shape
-    size = rows * columns
-    tile = min(TILE, triton.next_power_of_2(size))
-    tiles = -(-size // tile)
-    scan_kernel[(tiles * batch * heads,)](
-        states,
-        units,
-        state_units,
-        planes,
-        numbers,
-        states if initial is None else initial,
-        units if initial is None else initial.abs().amax((-1, -2)),
-        units if final is None else final,
-        chunks,
-        heads,
-        PACKED=packed,
-        HAS_STATE=initial is not None,
-        REVERSE=reverse,
-        FINAL=final is not None,
-        SIZE=size,
-        CHUNK=config.chunk,
-        TILE=tile,
-        num_warps=4,
-    )
-
-
-class States(NamedTuple):
-    """Both states before every chunk as operands, their units, and both states after the last token."""
+class Walked(NamedTuple):
+    """Both states of every chunk as operands, their units, and both states at the end of the walk in float32."""
 
     grams: Tensor  # (B, H, chunks, Dk, Dk)
     value_keys: Tensor  # (B, H, chunks, Dv, Dk)
@@ -673,58 +570,82 @@ class States(NamedTuple):
     final_value_key: Tensor
 
 
+def walk(
+    start: Callable[..., None],
+    planes: Tensor,
+    widths: tuple[int, int],
+    config: Plan,
+    initial: tuple[Tensor | None, Tensor | None],
+    reverse: bool = False,
+) -> Walked:
+    """Run a walking kernel over all chunks, from `initial` states or from zero.
+
+    `start` launches it: (programs, buffers in the order of its arguments, chunks of a span, flags). Few heads are
+    walked in spans, once for what each span adds and once more from where each starts.
+    """
+    _, batch, heads, filled = planes.shape
+    chunks, lines = filled // config.chunk, batch * heads
+    width, value_width = widths
+    shapes = ((width, width), (value_width, width))
+    spans = max(1, min(PROGRAMS // (2 * lines), chunks // SPAN_CHUNKS))
+    span_chunks = -(-chunks // spans)
+    spans = -(-chunks // span_chunks)
+    grams, value_keys = (
+        torch.empty(batch, heads, chunks, *shape, dtype=config.storage, device=planes.device) for shape in shapes
+    )
+    units = planes.new_empty(2, batch, heads, chunks)
+    ends = [planes.new_empty(batch, heads, *shape) for shape in shapes]
+    starts: list[Tensor] | None = None
+    if spans > 1:
+        starts = [planes.new_empty(lines, spans, *shape) for shape in shapes]
+        factors = planes.new_empty(2, lines, spans)
+        buffers = (planes, planes, planes, factors, planes, planes, planes, *starts)
+        start(2 * lines * spans, buffers, span_chunks, HAS_STATE=False, STORE=False, FINAL=True)
+        for added, factor, given, end in zip(starts, factors, initial, ends, strict=True):
+            size = end.shape[-2] * width
+            tile = min(TILE, triton.next_power_of_2(size))
+            span_kernel[(lines * -(-size // tile),)](
+                added,
+                factor,
+                planes if given is None else given,
+                end,
+                spans,
+                HAS_STATE=given is not None,
+                REVERSE=reverse,
+                SIZE=size,
+                TILE=tile,
+                num_warps=4,
+            )
+    elif any(given is not None for given in initial):
+        starts = [torch.zeros_like(end) if given is None else given for given, end in zip(initial, ends, strict=True)]
+    bounds = planes if starts is None else torch.stack([t.abs().amax((-1, -2)).flatten() for t in starts])
+    sources = (planes, planes) if starts is None else starts
+    buffers = (*sources, bounds, planes, grams, value_keys, units, *ends)
+    start(2 * lines * spans, buffers, span_chunks, HAS_STATE=starts is not None, STORE=True, FINAL=spans == 1)
+    return Walked(grams, value_keys, units, *ends)
+
+
 def compute_states(
     inputs: TritonInputs, config: Plan, planes: Tensor, numbers: Tensor, initial: tuple[Tensor, Tensor] | None
-) -> States:
-    """All states of a call."""
-    batch, _, heads, width = inputs.query.shape
-    value_width = inputs.value.shape[-1]
-    count = sizes(inputs, config)
-    grams, value_keys = (
-        torch.empty(batch, heads, count.chunks, d, width, dtype=config.storage, device=planes.device)
-        for d in (width, value_width)
-    )
-    units = planes.new_empty(2, batch, heads, count.chunks)
-    packed = inputs.numbers is not None
-    final_gram, final_value_key = (planes.new_empty(batch, heads, d, width) for d in (width, value_width))
-    gram, value_key = initial if initial is not None else (None, None)
-    if 2 * batch * heads >= WALKS:
-        walk_kernel[(2 * batch * heads,)](
+) -> Walked:
+    """Both states before every chunk and after the last token."""
+
+    def start(programs: int, buffers: tuple[Tensor, ...], span_chunks: int, **flags: bool) -> None:
+        walk_kernel[(programs,)](
             inputs.key,
             inputs.value,
             planes,
             numbers,
-            planes if gram is None else gram,
-            planes if value_key is None else value_key,
-            planes if gram is None else gram.abs().amax((-1, -2)),
-            planes if value_key is None else value_key.abs().amax((-1, -2)),
-            grams,
-            value_keys,
-            units,
-            final_gram,
-            final_value_key,
-            *count,
-            HAS_STATE=initial is not None,
+            *buffers,
+            *sizes(inputs, config),
+            span_chunks,
+            **flags,
             **constants(inputs, config),
             **launch(config, "walk"),
         )
-        return States(grams, value_keys, units, final_gram, final_value_key)
-    added = torch.empty_like(units)
-    increments_kernel[(batch * heads * count.chunks,)](
-        inputs.key,
-        inputs.value,
-        planes,
-        numbers,
-        grams,
-        value_keys,
-        added,
-        *count,
-        **constants(inputs, config),
-        **launch(config, "increments"),
-    )
-    scan(grams, added[0], units[0], planes[0], numbers, gram, final_gram, config, packed)
-    scan(value_keys, added[1], units[1], planes[1], numbers, value_key, final_value_key, config, packed)
-    return States(grams, value_keys, units, final_gram, final_value_key)
+
+    widths = (inputs.key.shape[-1], inputs.value.shape[-1])
+    return walk(start, planes, widths, config, (None, None) if initial is None else initial)
 
 
 def constants(inputs: TritonInputs, config: Plan) -> dict:
@@ -793,7 +714,7 @@ def launch_solve(
     config: Plan,
     planes: Tensor,
     numbers: Tensor,
-    states: States,
+    states: Walked,
     right: Tensor,
     solver: GKASolver,
     norms: Tensor,
