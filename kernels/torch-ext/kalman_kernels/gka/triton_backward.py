@@ -20,6 +20,7 @@ from .triton_common import (
     dot,
     launch,
     load_operand,
+    load_raw,
     load_rows,
     long,
     plan,
@@ -287,7 +288,8 @@ def adjoint_walk_kernel(
 ):
     """Both adjoint states, back through time: `walk_kernel` in reverse; README eqs. 13-15.
 
-    Writes the adjoint that arrives at the end of every chunk.
+    Writes the adjoint that arrives at the end of every chunk; of the Gram matrix's a matrix S with the adjoint
+    (S + S^T) / 2.
     """
     half = tl.num_programs(0) // 2
     program = tl.program_id(0)
@@ -414,10 +416,18 @@ def _adjoint_gram_walk(
     if HAS_STATE:
         state = tl.load(initial + offset, mask=mask, other=0.0)
         bound = tl.load(bounds)
+    start = long(last - 1) * CHUNK
+    if METHOD != 0:
+        x_tile = load_raw(solutions + start * stride, stride, row, length - start, lines, WIDTH)
+        z_tile = load_raw(adjoints + start * stride, stride, row, length - start, lines, WIDTH)
     for step in range(0, last - first):
         chunk = last - 1 - step
         start = long(chunk) * CHUNK
-        count = length - start
+        if METHOD != 0:
+            # The next chunk is under way while this one is worked on.
+            before, count = start - CHUNK, tl.where(chunk > 0, CHUNK, 0)
+            next_x = load_raw(solutions + before * stride, stride, row, count, lines, WIDTH)
+            next_z = load_raw(adjoints + before * stride, stride, row, count, lines, WIDTH)
         into, out, through = carries(gates, numbers, chunk, row, CHUNK, PACKED)
         if STORE:
             store_state(states, units, chunk, offset, mask, state, bound, WIDTH * WIDTH)
@@ -425,24 +435,23 @@ def _adjoint_gram_walk(
         bound = bound * through
         kept = kept * through
         if METHOD != 0:
-            x, x_scale = scaled_rows(load_rows(solutions + start * stride, stride, row, count, lines, WIDTH), OPERAND)
-            z, z_scale = scaled_rows(load_rows(adjoints + start * stride, stride, row, count, lines, WIDTH), OPERAND)
+            x, x_scale = scaled_rows(x_tile.to(tl.float32), OPERAND)
+            z, z_scale = scaled_rows(z_tile.to(tl.float32), OPERAND)
             weight = into * tl.load(rows + start + row) * tl.load(rows + planes + start + row)
             tile, added = products(z, z_scale, x, x_scale, weight, OPERAND, PRECISION)
-            state -= tile * (added * (1.0 / 1024.0))
-            tile, added = products(x, x_scale, z, z_scale, weight, OPERAND, PRECISION)
-            state -= tile * (added * (1.0 / 1024.0))
+            state -= tile * (added * (2.0 / 1024.0))
             bound += 2 * added
             if RIDGE:
                 gate = tl.load(gates + 2 * planes + start + row)
                 weight = tl.load(rows + 2 * planes + start + row) + out * out * tl.load(arriving + chunk + 1)
                 keys, key_scale = scaled_rows(
-                    load_rows(key + start * key_stride, key_stride, row, count, lines, WIDTH), OPERAND
+                    load_rows(key + start * key_stride, key_stride, row, length - start, lines, WIDTH), OPERAND
                 )
                 weight = 2 * weight * into * gate * gate
                 tile, added = products(keys, key_scale, keys, key_scale, weight, OPERAND, PRECISION)
                 state -= tile * (added * (1.0 / 1024.0))
                 bound += added
+            x_tile, z_tile = next_x, next_z
     if FINAL:
         tl.store(final + offset, state, mask=mask)
     if not STORE:
@@ -485,31 +494,36 @@ def _adjoint_value_walk(
     row, lines, value_lines = tl.arange(0, CHUNK), tl.arange(0, BLOCK), tl.arange(0, VALUE_BLOCK)
     mask = (value_lines < VALUE_WIDTH)[:, None] & (lines < WIDTH)[None, :]
     offset = value_lines[:, None] * WIDTH + lines[None, :]
-    stride = heads * VALUE_WIDTH
+    stride, query_stride = heads * VALUE_WIDTH, heads * WIDTH
     state = tl.zeros((VALUE_BLOCK, BLOCK), tl.float32)
     bound, kept = 0.0, 1.0
     if HAS_STATE:
         state = tl.load(initial + offset, mask=mask, other=0.0)
         bound = tl.load(bounds)
+    start = long(last - 1) * CHUNK
+    query_tile = load_raw(query + start * query_stride, query_stride, row, length - start, lines, WIDTH)
+    dy_tile = load_raw(d_outputs + start * stride, stride, row, length - start, value_lines, VALUE_WIDTH)
     for step in range(0, last - first):
         chunk = last - 1 - step
         start = long(chunk) * CHUNK
-        count = length - start
+        before, count = start - CHUNK, tl.where(chunk > 0, CHUNK, 0)
+        next_query = load_raw(query + before * query_stride, query_stride, row, count, lines, WIDTH)
+        next_dy = load_raw(d_outputs + before * stride, stride, row, count, value_lines, VALUE_WIDTH)
         into, _, through = carries(gates + planes, numbers, chunk, row, CHUNK, PACKED)
         if STORE:
             store_state(states, units, chunk, offset, mask, state, bound, VALUE_WIDTH * WIDTH)
-        mix = tl.load(gates + 3 * planes + start + row)
-        mixed = mixed_rows(
-            query, solutions, rows, mix, start * heads * WIDTH, start + row, row, count, lines, heads, METHOD, WIDTH
-        )
+        mixed = query_tile.to(tl.float32)
+        if METHOD != 0:
+            mix = tl.load(gates + 3 * planes + start + row)
+            x = load_rows(solutions + start * query_stride, query_stride, row, length - start, lines, WIDTH)
+            mixed += mix[:, None] * (x * tl.load(rows + start + row)[:, None] - mixed)
         mixed, mixed_scale = scaled_rows(mixed, OPERAND)
-        dy, dy_scale = scaled_rows(
-            load_rows(d_outputs + start * stride, stride, row, count, value_lines, VALUE_WIDTH), OPERAND
-        )
+        dy, dy_scale = scaled_rows(dy_tile.to(tl.float32), OPERAND)
         tile, added = products(dy, dy_scale, mixed, mixed_scale, into * scale, OPERAND, PRECISION)
         state = state * through + tile * (added * (1.0 / 1024.0))
         bound = bound * through + added
         kept = kept * through
+        query_tile, dy_tile = next_query, next_dy
     if FINAL:
         tl.store(final + offset, state, mask=mask)
     if not STORE:
@@ -563,7 +577,8 @@ def adjoint_gram_kernel(
     keys, key_scale = scaled_rows(load_rows(key_base, key_heads * WIDTH, row, count, lines, WIDTH), OPERAND)
     into, out, _ = carries(gates + row_gates, number, chunk, row, CHUNK, PACKED)
     gram = load_operand(grams + program * WIDTH * WIDTH, lines, lines, WIDTH, WIDTH)
-    total = dot(keys, gram, PRECISION) * (out * tl.load(units + program))[:, None]
+    total = dot(keys, gram, PRECISION) + dot(keys, tl.trans(gram), PRECISION)
+    total = total * (out * 0.5 * tl.load(units + program))[:, None]
     if RIDGE:
         weight = tl.load(rows + 2 * planes + place)
         weight += out * out * tl.load(arriving + line * (chunks + 1) + chunk + 1)
@@ -904,20 +919,20 @@ def gka_triton_backward(
             **launch(config, "adjoint_walk"),
         )
 
-    symmetric = None if d_gram is None else d_gram + d_gram.mT
-    arrived = walk(start, planes, (width, value_width), config, (symmetric, d_value_key), reverse=True)
+    doubled = None if d_gram is None else 2 * d_gram
+    arrived = walk(start, planes, (width, value_width), config, (doubled, d_value_key), reverse=True)
     grams, value_keys, units, d_initial_gram, d_initial_value_key = arrived
     if initial is None:
         d_initial_gram = d_initial_value_key = None
     del arrived
     if d_initial_gram is not None and initial is not None:
-        d_initial_gram = 0.5 * d_initial_gram
+        d_initial_gram = 0.25 * (d_initial_gram + d_initial_gram.mT)
         if ridge_gradient:
             d_initial_gram -= arriving[..., :1, None] * initial[0]
     ends = planes.new_empty(2, batch, heads, -(-count.chunks // ANCHOR))
     _inner(grams, units[0], *anchors[0], ends[0])
     _inner(value_keys, units[1], *anchors[1], ends[1])
-    del anchors, symmetric
+    del anchors, doubled
     adjoint_gram_kernel[grid](
         key,
         planes,
