@@ -1,65 +1,10 @@
 import pytest
 import torch
+from kla_inputs import KINDS, NAMES, RESULTS, call, differentiated, make_inputs, make_segments, relative_error
 from statsmodels.tsa.statespace.kalman_filter import KalmanFilter
 
 from kalman_kernels import KLAState, Segments, kalman_linear_attention
 from kalman_kernels.kla import scan
-
-NAMES = ("value", "value_precision", "key", "query", "decay", "process_noise", "precision", "information")
-KINDS = ("plain", "packed", "padded", "packed+padded")
-
-
-def make_inputs(length, batch=2, channels=5, states=4, dtype=torch.float64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    def uniform(*shape):
-        return torch.rand(*shape, generator=generator, dtype=torch.float64)
-
-    tensors = (
-        normal(batch, length, channels),
-        0.1 + 2 * uniform(batch, length, channels),
-        normal(batch, length, states),
-        normal(batch, length, states),
-        0.7 + 0.3 * uniform(channels, states),
-        0.01 + 0.2 * uniform(channels, states),
-        0.5 + uniform(batch, channels, states),
-        normal(batch, channels, states),
-    )
-    return [t.to(dtype) for t in tensors]
-
-
-def make_segments(kind, batch, length, seed=3):
-    generator = torch.Generator().manual_seed(seed)
-    reset = torch.rand(batch, length, generator=generator) < 0.15
-    valid = torch.rand(batch, length, generator=generator) > 0.3
-    return {
-        "plain": None,
-        "packed": Segments(reset=reset),
-        "padded": Segments(valid=valid),
-        "packed+padded": Segments(reset=reset, valid=valid),
-    }[kind]
-
-
-def call(inputs, **options):
-    return kalman_linear_attention(*inputs[:6], initial_state=KLAState(*inputs[6:]), **options)
-
-
-def differentiated(inputs, **options):
-    """Outputs, final state and the eight gradients under fixed random cotangents."""
-    leaves = [t.detach().clone().requires_grad_() for t in inputs]
-    mean, variance, state = call(leaves, **options)
-    results = (mean, variance, *state)
-    generator = torch.Generator().manual_seed(5)
-    cotangents = [torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r) for r in results]
-    scalar = sum((a * b).sum() for a, b in zip(results, cotangents, strict=True))
-    return [*results, *torch.autograd.grad(scalar, leaves)]
-
-
-def relative_error(actual, expected):
-    return ((actual.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)).item()
 
 
 @pytest.fixture(autouse=True)
@@ -147,8 +92,7 @@ def test_chunks_against_the_reference_with_every_gradient(length, kind, prior):
     options = {"segments": segments, "decode_from_prior": prior}
     fast = differentiated(inputs, implementation="torch", **options)
     slow = differentiated(inputs, implementation="reference", **options)
-    names = ("mean", "variance", "final precision", "final information", *NAMES)
-    errors = {n: relative_error(a, b) for n, a, b in zip(names, fast, slow, strict=True)}
+    errors = {n: relative_error(a, b) for n, a, b in zip(RESULTS, fast, slow, strict=True)}
     assert {n: e for n, e in errors.items() if not e <= 1e-12} == {}
 
 
@@ -175,8 +119,7 @@ def test_float32_and_the_edges_of_the_domain(change):
     exact = differentiated(inputs, implementation="reference")
     single = differentiated([t.float() for t in inputs])
     assert all(torch.isfinite(t).all() for t in single)
-    names = ("mean", "variance", "final precision", "final information", *NAMES)
-    errors = {n: relative_error(a, b) for n, a, b in zip(names, single, exact, strict=True) if b.norm() > 0}
+    errors = {n: relative_error(a, b) for n, a, b in zip(RESULTS, single, exact, strict=True) if b.norm() > 0}
     # Measured: 5e-7; gradients of the decay 5e-6.
     assert {n: e for n, e in errors.items() if not e <= 5e-5} == {}
 

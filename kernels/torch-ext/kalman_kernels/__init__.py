@@ -2,7 +2,7 @@
 
 from .conv import causal_conv
 from .gka import GKASolver, GKAState, gated_kalmanet, gated_kalmanet_step
-from .kla import KLAState, kalman_linear_attention
+from .kla import KLAState, kalman_linear_attention, kalman_linear_attention_step
 from .norm import gated_rms_norm
 from .segments import Segments
 
@@ -16,4 +16,5 @@ __all__ = [
     "gated_kalmanet_step",
     "gated_rms_norm",
     "kalman_linear_attention",
+    "kalman_linear_attention_step",
 ]

@@ -34,12 +34,6 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def long(number):
-    """An integer as int64: offsets outgrow int32, and the interpreter's loop variables are Python numbers."""
-    return tl.full((), 0, tl.int64) + number
-
-
-@triton.jit
 def power_of_two(size):
     """A power of two above a float32 (1 for 0), and its inverse: multiplying by it is exact."""
     bits = (size.to(tl.int32, bitcast=True) & 0x7F800000) + 0x00800000

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..jit import long
 from .reference import GKASolver
 from .triton_common import (
     METHODS,
@@ -25,7 +26,6 @@ from .triton_common import (
     load_operand,
     load_raw,
     load_rows,
-    long,
     plan,
     power_of_two,
     products,

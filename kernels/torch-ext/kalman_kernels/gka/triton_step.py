@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..jit import long
 from .mixer import MixerInputs, MixerOptions
 from .reference import GKASolver
-from .triton_common import TOLERANCE, filled, long
+from .triton_common import TOLERANCE, filled
 from .triton_forward import TritonInputs, decay_count, method
 
 __all__ = ["gka_triton_mixer_step", "gka_triton_step"]

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from ..dispatch import Implementation, choose
+from ..dispatch import HAS_TRITON, Implementation, choose
 from ..segments import Segments
 from .reference import KLAState, kalman_linear_attention_reference
 from .scan import Inputs, block_count, kla_chunked_backward, kla_chunked_forward
 
-__all__ = ["IMPLEMENTATIONS", "kalman_linear_attention"]
+if HAS_TRITON or TYPE_CHECKING:
+    from .triton_backward import kla_triton_backward
+    from .triton_forward import TritonInputs, checkpoint, kla_triton_forward
 
-IMPLEMENTATIONS = ("torch", "reference")
+__all__ = ["IMPLEMENTATIONS", "kalman_linear_attention", "kalman_linear_attention_step"]
+
+IMPLEMENTATIONS = ("triton", "torch", "reference") if HAS_TRITON else ("torch", "reference")
+# Of the Triton kernels; tokens of one launch of the step.
+MAX_STATES, MAX_STEP = 128, 64
 _NAME = "kalman_linear_attention"
 # The published implementation's floor of the process noise.
 NOISE_FLOOR = 1e-12
@@ -51,7 +59,8 @@ def kalman_linear_attention(
         initial_state: belief before the first token, precision > 0; precision 1 and information 0 when None.
         segments: packed sequences (each starts from precision 1, information 0) and padding (nothing happens).
         decode_from_prior: read out what the filter expects of the next step, a mean and a^2 variance + p.
-        implementation: "auto", "torch" (chunk-parallel, hand-derived gradient) or "reference" (loop over time).
+        implementation: "auto", "triton", "torch" (both parallel over chunks of time, with the hand-derived gradient) or
+            "reference" (loop over time).
 
     Returns:
         `(mean, variance, final_state)`: (B, T, M) twice in the dtype of `value`, 0 at padding, and the belief after
@@ -65,11 +74,17 @@ def kalman_linear_attention(
     batch, length, channels = value.shape
     if segments is not None:
         segments.check(_NAME, batch, length)
-    choice = choose(_NAME, implementation, IMPLEMENTATIONS, value.device)
+    choice = choose(_NAME, implementation, IMPLEMENTATIONS, value.device, _refusal(value, key))
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
-    tensors = [t.to(dtype) for t in (value, value_precision, key, query, decay, process_noise)]
-    # Raised by a constant: the gradient passes, nothing dies at the floor.
-    tensors[5] = tensors[5] + (NOISE_FLOOR - tensors[5].detach()).clamp_min(0)
+    decay, process_noise = decay.to(dtype), _floored(process_noise.to(dtype))
+    if choice.implementation == "triton":
+        inputs = _triton_inputs(value, value_precision, key, query, decay, process_noise, segments)
+        state = [None, None] if initial_state is None else [s.float().contiguous() for s in initial_state]
+        keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*inputs, *state))
+        kept = checkpoint(key.shape[-1]) if keep else 0
+        mean, variance, precision, information, *_ = _triton_forward(*inputs, *state, decode_from_prior, kept)
+        return mean, variance, KLAState(precision, information)
+    tensors = [*(t.to(dtype) for t in (value, value_precision, key, query)), decay, process_noise]
     if initial_state is None:
         precision = torch.ones(batch, channels, key.shape[-1], dtype=dtype, device=value.device)
         information = torch.zeros_like(precision)
@@ -95,6 +110,122 @@ def kalman_linear_attention(
     return mean.to(value.dtype), variance.to(value.dtype), KLAState(precision, information)
 
 
+def kalman_linear_attention_step(
+    value: Tensor,
+    value_precision: Tensor,
+    key: Tensor,
+    query: Tensor,
+    decay: Tensor,
+    process_noise: Tensor,
+    *,
+    state: KLAState,
+    segments: Segments | None = None,
+    decode_from_prior: bool = False,
+    in_place: bool = False,
+    every_state: bool = False,
+    implementation: Implementation = "auto",
+) -> tuple[Tensor, Tensor, KLAState, KLAState | None]:
+    """`kalman_linear_attention` for the next few tokens of a cached sequence, without gradients, in one launch.
+
+    Args:
+        value: (B, T, M), and what follows as in `kalman_linear_attention`.
+        value_precision: (B, T, M).
+        key: (B, T, S).
+        query: (B, T, S).
+        decay: (M, S).
+        process_noise: (M, S).
+        state: the belief before the first of the tokens.
+        segments: packed sequences and padding.
+        decode_from_prior: read out what the filter expects of the next step.
+        in_place: overwrite the tensors of `state` with the new belief.
+        every_state: also return the belief after each token, (T, B, M, S): what a rollback goes back to.
+        implementation: "auto", "triton", "torch" or "reference".
+
+    Returns:
+        `(mean, variance, state, states)`; `states` is None unless `every_state`.
+
+    Raises:
+        ValueError: a shape does not fit.
+        NotImplementedError: the implementation does not exist or cannot serve the call.
+    """
+    name = "kalman_linear_attention_step"
+    _check(value, value_precision, key, query, decay, process_noise, state, name, "state")
+    batch, length, _ = value.shape
+    if segments is not None:
+        segments.check(name, batch, length)
+    choice = choose(name, implementation, IMPLEMENTATIONS, value.device, _refusal(value, key))
+    fits = all(s.is_contiguous() and s.dtype == torch.float32 for s in state)
+    if choice.implementation == "triton" and fits and length <= MAX_STEP:
+        decay, process_noise = decay.float(), _floored(process_noise.float())
+        inputs = _triton_inputs(value, value_precision, key, query, decay, process_noise, segments)
+        current = state if in_place else KLAState(*(s.clone() for s in state))
+        mean, variance, *kept = _triton_step(*inputs, *current, decode_from_prior, every_state)
+        every = None
+        if every_state:
+            every = KLAState(*(torch.cat([k[1:], c[None]]) for k, c in zip(kept, current, strict=True)))
+        return mean, variance, current, every
+    outputs, current, states = [], state, []
+    segments = segments or Segments()
+    # All at once where only the last belief matters.
+    size = 1 if every_state else length
+    with torch.no_grad():
+        for start in range(0, length, size):
+            here = slice(start, start + size)
+            *output, current = kalman_linear_attention(
+                *(t[:, here] for t in (value, value_precision, key, query)),
+                decay,
+                process_noise,
+                initial_state=current,
+                segments=Segments(*(None if t is None else t[:, here] for t in segments)),
+                decode_from_prior=decode_from_prior,
+                implementation=implementation,
+            )
+            outputs.append(output)
+            states.append(current)
+    mean, variance = (torch.cat(t, dim=1) for t in zip(*outputs, strict=True))
+    every = KLAState(*(torch.stack(t) for t in zip(*states, strict=True))) if every_state else None
+    if in_place:
+        for old, new in zip(state, current, strict=True):
+            old.copy_(new)
+        current = state
+    return mean, variance, current, every
+
+
+def _floored(process_noise: Tensor) -> Tensor:
+    """Raised by a constant: the gradient passes, nothing dies at the floor."""
+    return process_noise + (NOISE_FLOOR - process_noise.detach()).clamp_min(0)
+
+
+def _refusal(value: Tensor, key: Tensor) -> str | None:
+    """What the Triton kernels cannot take about a call."""
+    if value.dtype == torch.float64:
+        return "float64"
+    return f"more than {MAX_STATES} states ({key.shape[-1]})" if key.shape[-1] > MAX_STATES else None
+
+
+def _triton_inputs(
+    value: Tensor,
+    value_precision: Tensor,
+    key: Tensor,
+    query: Tensor,
+    decay: Tensor,
+    process_noise: Tensor,
+    segments: Segments | None,
+) -> TritonInputs:
+    """Contiguous, with one mark per token for starts and padding."""
+    marks = None
+    if segments is not None and any(t is not None for t in segments):
+        shape = value.shape[:2]
+        marks = torch.zeros(shape, dtype=torch.int8, device=value.device)
+        if segments.reset is not None:
+            marks = marks + segments.reset.expand(shape)
+        if segments.valid is not None:
+            marks = marks + 2 * (~segments.valid).expand(shape)
+    return TritonInputs(
+        *(t.contiguous() for t in (value, value_precision, key, query, decay, process_noise)), marks=marks
+    )
+
+
 def _check(
     value: Tensor,
     value_precision: Tensor,
@@ -102,15 +233,18 @@ def _check(
     query: Tensor,
     decay: Tensor,
     process_noise: Tensor,
-    initial_state: KLAState | None,
+    state: KLAState | None,
+    function: str = _NAME,
+    state_name: str = "initial_state",
 ) -> None:
     if value.ndim != 3 or value.shape[1] < 1 or not value.is_floating_point():
         raise ValueError(
-            f"{_NAME}: `value` must be a float tensor of shape (B, T >= 1, M), got {tuple(value.shape)} {value.dtype}."
+            f"{function}: `value` must be a float tensor of shape (B, T >= 1, M), got {tuple(value.shape)} "
+            f"{value.dtype}."
         )
     batch, length, channels = value.shape
     if key.ndim != 3 or tuple(key.shape[:2]) != (batch, length):
-        raise ValueError(f"{_NAME}: `key` must have shape ({batch}, {length}, S), got {tuple(key.shape)}.")
+        raise ValueError(f"{function}: `key` must have shape ({batch}, {length}, S), got {tuple(key.shape)}.")
     states = key.shape[-1]
     wanted = {
         "value_precision": (value_precision, (batch, length, channels)),
@@ -118,12 +252,12 @@ def _check(
         "decay": (decay, (channels, states)),
         "process_noise": (process_noise, (channels, states)),
     }
-    if initial_state is not None:
-        wanted["initial_state.precision"] = (initial_state.precision, (batch, channels, states))
-        wanted["initial_state.information"] = (initial_state.information, (batch, channels, states))
+    if state is not None:
+        wanted[f"{state_name}.precision"] = (state.precision, (batch, channels, states))
+        wanted[f"{state_name}.information"] = (state.information, (batch, channels, states))
     for name, (tensor, shape) in wanted.items():
         if tuple(tensor.shape) != shape:
-            raise ValueError(f"{_NAME}: `{name}` must have shape {shape}, got {tuple(tensor.shape)}.")
+            raise ValueError(f"{function}: `{name}` must have shape {shape}, got {tuple(tensor.shape)}.")
 
 
 @torch.library.custom_op("kalman_kernels::kla_chunked", mutates_args=())
@@ -201,3 +335,100 @@ def _autograd_backward(ctx, *cotangents):
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("kalman_kernels::kla_triton", mutates_args=())
+def _triton_forward(
+    value: Tensor,
+    value_precision: Tensor,
+    key: Tensor,
+    query: Tensor,
+    decay: Tensor,
+    process_noise: Tensor,
+    marks: Tensor | None,
+    precision: Tensor | None,
+    information: Tensor | None,
+    prior: bool,
+    keep: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs = TritonInputs(value, value_precision, key, query, decay, process_noise, marks)
+    return kla_triton_forward(inputs, precision, information, prior, keep)
+
+
+@torch.library.custom_op("kalman_kernels::kla_triton_backward", mutates_args=())
+def _triton_backward(
+    value: Tensor,
+    value_precision: Tensor,
+    key: Tensor,
+    query: Tensor,
+    decay: Tensor,
+    process_noise: Tensor,
+    marks: Tensor | None,
+    precisions: Tensor,
+    informations: Tensor,
+    d_mean: Tensor,
+    d_variance: Tensor,
+    d_precision: Tensor,
+    d_information: Tensor,
+    prior: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs = TritonInputs(value, value_precision, key, query, decay, process_noise, marks)
+    kept = precisions, informations
+    return kla_triton_backward(inputs, kept, d_mean, d_variance, d_precision, d_information, prior)
+
+
+@torch.library.custom_op("kalman_kernels::kla_triton_step", mutates_args=("precision", "information"))
+def _triton_step(
+    value: Tensor,
+    value_precision: Tensor,
+    key: Tensor,
+    query: Tensor,
+    decay: Tensor,
+    process_noise: Tensor,
+    marks: Tensor | None,
+    precision: Tensor,
+    information: Tensor,
+    prior: bool,
+    every: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs = TritonInputs(value, value_precision, key, query, decay, process_noise, marks)
+    state = precision, information
+    mean, variance, _, _, *kept = kla_triton_forward(inputs, *state, prior, int(every), final=state)
+    return mean, variance, kept[0], kept[1]
+
+
+@_triton_forward.register_fake
+def _triton_forward_fake(value, value_precision, key, query, decay, process_noise, marks, *rest):
+    precision = decay.new_empty(value.shape[0], *decay.shape)
+    keep = rest[-1]
+    kept = precision.new_empty(-(-value.shape[1] // keep), *precision.shape) if keep else precision.new_empty(0)
+    outputs = torch.empty_like(value), torch.empty_like(value), precision, torch.empty_like(precision)
+    return *outputs, kept, torch.empty_like(kept)
+
+
+@_triton_backward.register_fake
+def _triton_backward_fake(value, value_precision, key, query, decay, process_noise, *rest):
+    leaves = (value, value_precision, key, query, decay, process_noise)
+    state = decay.new_empty(value.shape[0], *decay.shape)
+    return *(torch.empty_like(t) for t in leaves), state, torch.empty_like(state)
+
+
+@_triton_step.register_fake
+def _triton_step_fake(value, value_precision, key, query, decay, process_noise, marks, precision, *rest):
+    kept = precision.new_empty(value.shape[1], *precision.shape) if rest[-1] else precision.new_empty(0)
+    return torch.empty_like(value), torch.empty_like(value), kept, torch.empty_like(kept)
+
+
+def _triton_setup_context(ctx, inputs, output):
+    ctx.prior = inputs[9]
+    ctx.has_state = inputs[7] is not None
+    ctx.save_for_backward(*inputs[:7], *output[4:])
+
+
+def _triton_autograd_backward(ctx, *cotangents):
+    gradients = _triton_backward(*ctx.saved_tensors, *(c.contiguous() for c in cotangents[:4]), ctx.prior)
+    states = gradients[6:] if ctx.has_state else (None, None)
+    return *gradients[:6], None, *states, None, None
+
+
+_triton_forward.register_autograd(_triton_autograd_backward, setup_context=_triton_setup_context)

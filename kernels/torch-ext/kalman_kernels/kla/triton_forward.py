@@ -1,0 +1,366 @@
+"""Kalman Linear Attention forward in Triton: spans of time side by side, a tile of filters in each warp.
+
+A program walks BM channels with all their states through a span of tokens, states along registers and channels along
+lanes. Where rows and channels are few, spans are walked twice: once as maps of the belief before them (README.md,
+eq. 5), once from the belief that they really start with.
+"""
+
+# Triton turns annotations and defaults of jitted functions into objects of its own.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false, reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false
+# pyright: reportReturnType=false, reportAssignmentType=false
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..dispatch import INTERPRETED
+from ..jit import long
+
+__all__ = ["TritonInputs", "checkpoint", "kla_triton_forward", "tile_size"]
+
+# Whether reciprocals are the processor's own, right to 1 unit in the last place.
+FAST = tl.constexpr(not INTERPRETED and torch.version.cuda is not None)
+# Programs that fill a device, and the fewest tokens of a span.
+PROGRAMS, SPAN = 2048, 64
+
+
+class TritonInputs(NamedTuple):
+    """Contiguous inputs in their own dtypes; decay and noise in float32."""
+
+    value: Tensor  # (B, T, M)
+    value_precision: Tensor  # (B, T, M)
+    key: Tensor  # (B, T, S)
+    query: Tensor  # (B, T, S)
+    decay: Tensor  # (M, S)
+    process_noise: Tensor  # (M, S)
+    marks: Tensor | None  # (B, T) int8: 1 where a sequence starts, plus 2 at padding
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x of a positive float32."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return 1.0 / x
+
+
+@triton.jit
+def place_of(program, batches, blocks, BM: tl.constexpr):
+    """(span, row, first channel) of a program."""
+    return program // (batches * blocks), (program // blocks) % batches, (program % blocks) * BM
+
+
+@triton.jit
+def load_channels(pointer, row, token, channel, length, channels, limit):
+    """(BM,) of a (B, T, M) tensor in float32; 0 from token `limit` on."""
+    place = (long(row) * length + token) * channels + channel
+    return tl.load(pointer + place, mask=channel < tl.where(token < limit, channels, 0), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_states(pointer, row, token, state, length, states, limit):
+    """(S,) of a (B, T, S) tensor in float32; 0 from token `limit` on."""
+    place = (long(row) * length + token) * states + state
+    return tl.load(pointer + place, mask=state < tl.where(token < limit, states, 0), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_mark(marks, row, token, length):
+    return tl.load(marks + long(row) * length + token, mask=token < length, other=2).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["length", "span", "batches"])
+def walk_kernel(
+    value,
+    observed,
+    key,
+    query,
+    decay,
+    noise,
+    marks,
+    precision,
+    information,
+    mean_out,
+    variance_out,
+    kept_precision,
+    kept_information,
+    final_precision,
+    final_information,
+    length,
+    span,
+    batches,
+    channels,
+    states,
+    HAS_STATE: tl.constexpr,
+    MARKED: tl.constexpr,
+    PRIOR: tl.constexpr,
+    KEEP: tl.constexpr,
+    CHECKPOINT: tl.constexpr,
+    BS: tl.constexpr,
+    BM: tl.constexpr,
+):
+    """One span of BM channels; README eqs. 1-4.
+
+    Beliefs are (spans, B, M, S); KEEP: writes those before every CHECKPOINT-th token, (chunks, B, M, S).
+    """
+    blocks = tl.cdiv(channels, BM)
+    number, row, start = place_of(tl.program_id(0), batches, blocks, BM)
+    state, channel = tl.arange(0, BS), start + tl.arange(0, BM)
+    inside = (state < states)[:, None] & (channel < channels)[None, :]
+    flat = channel[None, :] * states + state[:, None]
+    size = long(channels * states)
+    a = tl.load(decay + flat, mask=inside, other=1.0)
+    p = tl.load(noise + flat, mask=inside, other=1.0)
+    squared = a * a
+    lam = tl.full((BS, BM), 1.0, tl.float32)
+    eta = tl.zeros((BS, BM), tl.float32)
+    if HAS_STATE:
+        belief = (long(number) * batches + row) * size + flat
+        lam = tl.load(precision + belief, mask=inside, other=1.0)
+        eta = tl.load(information + belief, mask=inside, other=0.0)
+    first = number * span
+    last = tl.minimum(first + span, length)
+    v = load_channels(value, row, first, channel, length, channels, last)
+    weight = load_channels(observed, row, first, channel, length, channels, last)
+    k = load_states(key, row, first, state, length, states, last)
+    q = load_states(query, row, first, state, length, states, last)
+    for block in range(0, tl.cdiv(last - first, CHECKPOINT)):
+        begin = first + block * CHECKPOINT
+        if KEEP:
+            kept = (long(begin // CHECKPOINT) * batches + row) * size + flat
+            tl.store(kept_precision + kept, lam, mask=inside)
+            tl.store(kept_information + kept, eta, mask=inside)
+        for token in range(begin, tl.minimum(begin + CHECKPOINT, last)):
+            # The next token is under way while this one is worked on.
+            next_v = load_channels(value, row, token + 1, channel, length, channels, last)
+            next_weight = load_channels(observed, row, token + 1, channel, length, channels, last)
+            next_k = load_states(key, row, token + 1, state, length, states, last)
+            next_q = load_states(query, row, token + 1, state, length, states, last)
+            old_lam, old_eta = lam, eta
+            if MARKED:
+                mark = load_mark(marks, row, token, length)
+                lam = tl.where((mark & 1) > 0, 1.0, lam)
+                eta = tl.where((mark & 1) > 0, 0.0, eta)
+            inverse = reciprocal(squared + p * lam)
+            seen = k[:, None] * weight[None, :]
+            lam = lam * inverse + seen * k[:, None]
+            eta = a * inverse * eta + seen * v[None, :]
+            variance = reciprocal(lam)
+            mean = eta * variance
+            if PRIOR:
+                mean = a * mean
+                variance = squared * variance + p
+            y = tl.sum(q[:, None] * mean, 0)
+            spread = tl.sum((q * q)[:, None] * variance, 0)
+            if MARKED:
+                valid = mark < 2
+                lam, eta = tl.where(valid, lam, old_lam), tl.where(valid, eta, old_eta)
+                y, spread = tl.where(valid, y, 0.0), tl.where(valid, spread, 0.0)
+            place = (long(row) * length + token) * channels + channel
+            tl.store(mean_out + place, y.to(mean_out.dtype.element_ty), mask=channel < channels)
+            tl.store(variance_out + place, spread.to(variance_out.dtype.element_ty), mask=channel < channels)
+            v, weight, k, q = next_v, next_weight, next_k, next_q
+    if last == length:
+        belief = long(row) * size + flat
+        tl.store(final_precision + belief, lam, mask=inside)
+        tl.store(final_information + belief, eta, mask=inside)
+
+
+@triton.jit(do_not_specialize=["length", "span", "batches"])
+def maps_kernel(
+    value,
+    observed,
+    key,
+    decay,
+    noise,
+    marks,
+    maps,
+    length,
+    span,
+    batches,
+    channels,
+    states,
+    MARKED: tl.constexpr,
+    BS: tl.constexpr,
+    BM: tl.constexpr,
+):
+    """A span as a map of the belief before it: seven numbers per filter, (7, spans, B, M, S); README eq. 5."""
+    blocks = tl.cdiv(channels, BM)
+    number, row, start = place_of(tl.program_id(0), batches, blocks, BM)
+    state, channel = tl.arange(0, BS), start + tl.arange(0, BM)
+    inside = (state < states)[:, None] & (channel < channels)[None, :]
+    flat = channel[None, :] * states + state[:, None]
+    decays = tl.load(decay + flat, mask=inside, other=1.0)
+    p = tl.load(noise + flat, mask=inside, other=1.0)
+    squared = decays * decays
+    a = tl.full((BS, BM), 1.0, tl.float32)
+    d, g = a, a
+    b = tl.zeros((BS, BM), tl.float32)
+    c, e, f = b, b, b
+    first = number * span
+    last = tl.minimum(first + span, length)
+    v = load_channels(value, row, first, channel, length, channels, last)
+    weight = load_channels(observed, row, first, channel, length, channels, last)
+    k = load_states(key, row, first, state, length, states, last)
+    for token in range(first, last):
+        next_v = load_channels(value, row, token + 1, channel, length, channels, last)
+        next_weight = load_channels(observed, row, token + 1, channel, length, channels, last)
+        next_k = load_states(key, row, token + 1, state, length, states, last)
+        seen = k[:, None] * weight[None, :]
+        added, moved = seen * k[:, None], seen * v[None, :]
+        if MARKED:
+            mark = load_mark(marks, row, token, length)
+            # Precision 1, information 0, whatever was: N = D, E = 0.
+            resets = (mark & 1) > 0
+            old_a, old_b, old_e, old_f, old_g = a, b, e, f, g
+            a, b = tl.where(resets, c, a), tl.where(resets, d, b)
+            e, f, g = tl.where(resets, 0.0, e), tl.where(resets, 0.0, f), tl.where(resets, 0.0, g)
+        new_c, new_d = squared * c + p * a, squared * d + p * b
+        a, b = a + added * new_c, b + added * new_d
+        e, f, g = decays * e + moved * new_c, decays * f + moved * new_d, decays * g
+        # A free factor keeps the numbers near 1: an exact power of two.
+        total = (a + new_d).to(tl.int32, bitcast=True) & 0x7F800000
+        factor = (0x7F000000 - total).to(tl.float32, bitcast=True)
+        a, b, new_c, new_d = a * factor, b * factor, new_c * factor, new_d * factor
+        e, f, g = e * factor, f * factor, g * factor
+        if MARKED:
+            valid = mark < 2
+            a, b = tl.where(valid, a, old_a), tl.where(valid, b, old_b)
+            c, d = tl.where(valid, new_c, c), tl.where(valid, new_d, d)
+            e, f, g = tl.where(valid, e, old_e), tl.where(valid, f, old_f), tl.where(valid, g, old_g)
+        else:
+            c, d = new_c, new_d
+        v, weight, k = next_v, next_weight, next_k
+    size = long(channels * states)
+    plane = tl.num_programs(0) // blocks * size
+    maps += (long(number) * batches + row) * size + flat
+    tl.store(maps, a, mask=inside)
+    tl.store(maps + plane, b, mask=inside)
+    tl.store(maps + 2 * plane, c, mask=inside)
+    tl.store(maps + 3 * plane, d, mask=inside)
+    tl.store(maps + 4 * plane, e, mask=inside)
+    tl.store(maps + 5 * plane, f, mask=inside)
+    tl.store(maps + 6 * plane, g, mask=inside)
+
+
+@triton.jit(do_not_specialize=["spans", "size"])
+def apply_maps_kernel(maps, precision, information, starts, spans, size, HAS_STATE: tl.constexpr, BLOCK: tl.constexpr):
+    """Beliefs before every span, (2, spans, B, M, S), from the maps of all spans; `size` is B M S.
+
+    A map is (a, b, c, d, e, f, g): N' = a N + b D, D' = c N + d D, E' = e N + f D + g E.
+    """
+    place = long(tl.program_id(0)) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < size
+    lam = tl.full((BLOCK,), 1.0, tl.float32)
+    eta = tl.zeros((BLOCK,), tl.float32)
+    if HAS_STATE:
+        lam = tl.load(precision + place, mask=inside, other=1.0)
+        eta = tl.load(information + place, mask=inside, other=0.0)
+    plane = long(size) * spans
+    for _ in range(0, spans):
+        tl.store(starts + place, lam, mask=inside)
+        tl.store(starts + plane + place, eta, mask=inside)
+        a = tl.load(maps + place, mask=inside, other=1.0)
+        b = tl.load(maps + plane + place, mask=inside, other=0.0)
+        c = tl.load(maps + 2 * plane + place, mask=inside, other=0.0)
+        d = tl.load(maps + 3 * plane + place, mask=inside, other=1.0)
+        e = tl.load(maps + 4 * plane + place, mask=inside, other=0.0)
+        f = tl.load(maps + 5 * plane + place, mask=inside, other=0.0)
+        g = tl.load(maps + 6 * plane + place, mask=inside, other=0.0)
+        scale = 1.0 / (c * lam + d)
+        eta = (e * lam + f + g * eta) * scale
+        lam = (a * lam + b) * scale
+        place += size
+
+
+def tile_size(states: int, channels: int, elements: int) -> tuple[int, int]:
+    """(states, channels) of a tile with about `elements` filters."""
+    rows = triton.next_power_of_2(states)
+    return rows, min(max(1, elements // rows), triton.next_power_of_2(channels))
+
+
+def checkpoint(states: int) -> int:
+    """Tokens between two kept beliefs: what the backward pass can hold in registers."""
+    return 16 if states <= 32 else 8
+
+
+def span_tokens(length: int, programs: int, step: int) -> int:
+    """Tokens of a span, a multiple of `step`, so that spans fill the device."""
+    spans = max(1, min(triton.cdiv(PROGRAMS, programs), length // SPAN))
+    return triton.cdiv(triton.cdiv(length, spans), step) * step
+
+
+def kla_triton_forward(
+    inputs: TritonInputs,
+    precision: Tensor | None,
+    information: Tensor | None,
+    prior: bool,
+    keep: int,
+    final: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Means and variances (B, T, M) in the dtype of the value, the final belief in float32, and kept beliefs.
+
+    Kept are the beliefs before every `keep`-th token (chunks, B, M, S), none when 0. `final` are buffers for the final
+    belief; those of `precision` and `information` themselves will do where `length` is below two spans.
+    """
+    batch, length, channels = inputs.value.shape
+    states = inputs.key.shape[-1]
+    device = inputs.value.device
+    rows, width = tile_size(states, channels, 256)
+    programs = batch * -(-channels // width)
+    span = span_tokens(length, programs, keep or 1)
+    spans = -(-length // span)
+    shape = (batch, channels, states)
+    new = {"dtype": torch.float32, "device": device}
+    starts: list[Tensor | None] = [precision, information]
+    marks = inputs.value if inputs.marks is None else inputs.marks
+    options = {"MARKED": inputs.marks is not None, "BS": rows, "BM": width, "num_warps": 1}
+    sizes = (length, span, batch, channels, states)
+    if spans > 1:
+        maps = torch.empty(7, spans, *shape, **new)
+        maps_kernel[(programs * spans,)](
+            *inputs[:3], inputs.decay, inputs.process_noise, marks, maps, *sizes, **options
+        )
+        beliefs = torch.empty(2, spans, *shape, **new)
+        size = batch * channels * states
+        apply_maps_kernel[(-(-size // 256),)](
+            maps,
+            maps if precision is None else precision,
+            maps if information is None else information,
+            beliefs,
+            spans,
+            size,
+            HAS_STATE=precision is not None,
+            BLOCK=256,
+            num_warps=2,
+        )
+        starts = list(beliefs)
+        del maps
+    mean, variance = torch.empty_like(inputs.value), torch.empty_like(inputs.value)
+    kept = [torch.empty(*((-(-length // keep), *shape) if keep else (0,)), **new) for _ in range(2)]
+    ends = final if final is not None else (torch.empty(shape, **new), torch.empty(shape, **new))
+    walk_kernel[(programs * spans,)](
+        *inputs[:6],
+        marks,
+        *(inputs.decay if t is None else t for t in starts),
+        mean,
+        variance,
+        *kept,
+        *ends,
+        *sizes,
+        HAS_STATE=starts[0] is not None,
+        PRIOR=prior,
+        KEEP=keep > 0,
+        CHECKPOINT=keep or 64,
+        **options,
+    )
+    return mean, variance, *ends, *kept

@@ -1,0 +1,108 @@
+"""The Triton kernels of Kalman Linear Attention: compiled on a GPU, at toy sizes in Triton's interpreter elsewhere."""
+
+import pytest
+import torch
+from kla_inputs import KINDS, RESULTS, call, differentiated, make_inputs, make_segments, relative_error
+
+from kalman_kernels import KLAState, kalman_linear_attention_step
+
+pytest.importorskip("triton")
+from kalman_kernels.kla import triton_backward, triton_forward
+
+SMALL = {"batch": 2, "channels": 3, "states": 3}
+DEVICES = [pytest.param("cuda", marks=pytest.mark.gpu), "cpu"]
+
+
+def moved(segments, device):
+    return segments and type(segments)(*(None if t is None else t.to(device) for t in segments))
+
+
+def compare(inputs, device, dtype=torch.float32, segments=None, **options):
+    """Relative errors against the float64 reference on the same rounded inputs."""
+    rounded = [t.to(dtype) if i < 4 else t.float() for i, t in enumerate(inputs)]
+    fast = differentiated(
+        [t.to(device) for t in rounded], segments=moved(segments, device), implementation="triton", **options
+    )
+    exact = differentiated([t.double() for t in rounded], segments=segments, implementation="reference", **options)
+    assert all(torch.isfinite(t).all() for t in fast)
+    return {n: relative_error(a.cpu(), b) for n, a, b in zip(RESULTS, fast, exact, strict=True) if b.norm() > 0}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("prior", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("length", [1, 5, 37])
+def test_float32(length, kind, prior, device, monkeypatch):
+    # Spans of 16 tokens, tiles of 2 channels, slabs of 32 tokens in the backward pass.
+    monkeypatch.setattr(triton_forward, "SPAN", 16)
+    monkeypatch.setattr(triton_forward, "tile_size", lambda states, channels, elements: (4, 2))
+    monkeypatch.setattr(triton_backward, "tile_size", lambda states, channels, elements: (4, 2))
+    monkeypatch.setattr(triton_backward, "SLAB", 32)
+    monkeypatch.setattr(triton_backward, "PARTIAL_BYTES", 1)
+    inputs, segments = make_inputs(length, **SMALL), make_segments(kind, 2, length)
+    found = compare(inputs, device, segments=segments, decode_from_prior=prior)
+    assert {n: e for n, e in found.items() if not e <= 5e-6} == {}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype, device):
+    found = compare(make_inputs(20, **SMALL), device, dtype)
+    # Inputs are widened: only results in the dtype of the inputs are rounded, to 2^-9 at most.
+    assert {n: e for n, e in found.items() if not e <= 4e-3} == {}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("states", [1, 2, 5, 64])
+def test_numbers_of_states(states, device):
+    found = compare(make_inputs(9, batch=1, channels=3, states=states), device)
+    assert {n: e for n, e in found.items() if not e <= 5e-6} == {}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "change", [{4: 0.02}, {5: 0.0}, {5: 10.0}, {1: 1e-8}, {1: 1e4}, {2: 0.0}], ids=lambda c: str(next(iter(c.items())))
+)
+def test_edges_of_the_domain(change, device, monkeypatch):
+    monkeypatch.setattr(triton_forward, "SPAN", 16)
+    length = 40 if device == "cpu" else 300
+    inputs = make_inputs(length, **SMALL)
+    for index, number in change.items():
+        inputs[index] = torch.full_like(inputs[index], number)
+    assert {n: e for n, e in compare(inputs, device).items() if not e <= 5e-5} == {}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("implementation", ["triton", "torch"])
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "packed+padded"])
+def test_a_step_keeps_every_belief(kind, in_place, implementation, device):
+    inputs, segments = make_inputs(4, **SMALL, dtype=torch.float32), make_segments(kind, 2, 4)
+    expected = [call([t.double() for t in inputs], segments=segments)]
+    for stop in (1, 2, 3):
+        here = [t[:, :stop] if i < 4 else t for i, t in enumerate(inputs)]
+        cut = segments and type(segments)(*(None if t is None else t[:, :stop] for t in segments))
+        expected.append(call([t.double() for t in here], segments=cut))
+    state = KLAState(*(t.to(device).clone() for t in inputs[6:]))
+    mean, variance, final, every = kalman_linear_attention_step(
+        *(t.to(device) for t in inputs[:6]),
+        state=state,
+        segments=moved(segments, device),
+        in_place=in_place,
+        every_state=True,
+        implementation=implementation,
+    )
+    assert (final[0] is state[0]) == in_place
+    assert torch.equal(state[0].cpu(), inputs[6]) != in_place
+    for name, index in (("precision", 0), ("information", 1)):
+        beliefs = torch.stack([e[2][index] for e in (*expected[1:], expected[0])])
+        assert relative_error(getattr(every, name).cpu(), beliefs) <= 1e-6
+        assert relative_error(final[index].cpu(), beliefs[-1]) <= 1e-6
+    assert relative_error(mean.cpu(), expected[0][0]) <= 2e-6
+    assert relative_error(variance.cpu(), expected[0][1]) <= 2e-6
+
+
+def test_more_states_than_the_kernels_hold_are_named():
+    inputs = make_inputs(2, batch=1, channels=1, states=129, dtype=torch.float32)
+    with pytest.raises(NotImplementedError, match="129"):
+        call(inputs, implementation="triton")
