@@ -14,7 +14,7 @@ from .scan import Inputs, block_count, kla_chunked_backward, kla_chunked_forward
 
 if HAS_TRITON or TYPE_CHECKING:
     from .triton_backward import kla_triton_backward
-    from .triton_forward import TritonInputs, checkpoint, kla_triton_forward
+    from .triton_forward import CHECKPOINT, TritonInputs, kla_triton_forward
 
 __all__ = ["IMPLEMENTATIONS", "kalman_linear_attention", "kalman_linear_attention_step"]
 
@@ -81,7 +81,7 @@ def kalman_linear_attention(
         inputs = _triton_inputs(value, value_precision, key, query, decay, process_noise, segments)
         state = [None, None] if initial_state is None else [s.float().contiguous() for s in initial_state]
         keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*inputs, *state))
-        kept = checkpoint(key.shape[-1]) if keep else 0
+        kept = CHECKPOINT if keep else 0
         mean, variance, precision, information, *_ = _triton_forward(*inputs, *state, decode_from_prior, kept)
         return mean, variance, KLAState(precision, information)
     tensors = [*(t.to(dtype) for t in (value, value_precision, key, query)), decay, process_noise]
@@ -159,7 +159,9 @@ def kalman_linear_attention_step(
         decay, process_noise = decay.float(), _floored(process_noise.float())
         inputs = _triton_inputs(value, value_precision, key, query, decay, process_noise, segments)
         current = state if in_place else KLAState(*(s.clone() for s in state))
-        mean, variance, *kept = _triton_step(*inputs, *current, decode_from_prior, every_state)
+        mean, variance, *kept = _triton_step(
+            *inputs, current.precision, current.information, decode_from_prior, every_state
+        )
         every = None
         if every_state:
             every = KLAState(*(torch.cat([k[1:], c[None]]) for k, c in zip(kept, current, strict=True)))
@@ -172,7 +174,10 @@ def kalman_linear_attention_step(
         for start in range(0, length, size):
             here = slice(start, start + size)
             *output, current = kalman_linear_attention(
-                *(t[:, here] for t in (value, value_precision, key, query)),
+                value[:, here],
+                value_precision[:, here],
+                key[:, here],
+                query[:, here],
                 decay,
                 process_noise,
                 initial_state=current,
@@ -422,11 +427,23 @@ def _triton_step_fake(value, value_precision, key, query, decay, process_noise, 
 def _triton_setup_context(ctx, inputs, output):
     ctx.prior = inputs[9]
     ctx.has_state = inputs[7] is not None
+    # Zeros for the kept beliefs would be the largest tensors of a backward pass.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:7], *output[4:])
 
 
 def _triton_autograd_backward(ctx, *cotangents):
-    gradients = _triton_backward(*ctx.saved_tensors, *(c.contiguous() for c in cotangents[:4]), ctx.prior)
+    saved = ctx.saved_tensors
+    state = saved[0].shape[0], *saved[4].shape
+    cotangents = [
+        saved[4].new_zeros(state)
+        if i > 1 and c is None
+        else torch.zeros_like(saved[0])
+        if c is None
+        else c.contiguous()
+        for i, c in enumerate(cotangents[:4])
+    ]
+    gradients = _triton_backward(*saved, *cotangents, ctx.prior)
     states = gradients[6:] if ctx.has_state else (None, None)
     return *gradients[:6], None, *states, None, None
 

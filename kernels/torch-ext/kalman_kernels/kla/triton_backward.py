@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ..jit import long
 from .triton_forward import (
+    CHECKPOINT,
     TritonInputs,
-    checkpoint,
     load_channels,
     load_mark,
     load_states,
@@ -33,7 +33,9 @@ from .triton_forward import (
 __all__ = ["kla_triton_backward"]
 
 # Bytes of the partial sums for keys and queries, and the fewest tokens of a slab.
-PARTIAL_BYTES, SLAB = 2**28, 1024
+PARTIAL_BYTES, SLAB = 2**27, 1024
+# Programs that fill a device, and filters of each.
+PROGRAMS, TILE = 1024, 128
 
 
 @triton.jit(do_not_specialize=["length", "begin", "end", "span", "batches"])
@@ -67,16 +69,16 @@ def adjoint_kernel(
     MAPS: tl.constexpr,
     MARKED: tl.constexpr,
     PRIOR: tl.constexpr,
-    CHECKPOINT: tl.constexpr,
+    STEPS: tl.constexpr,
     BS: tl.constexpr,
     BM: tl.constexpr,
 ):
     """Back through one span of the slab [begin, end), for BM channels.
 
-    MAPS: writes the map of (mu, nu) through the span into `leaving` (4, spans, B, M, S): both from zero, what of mu
-    stays in mu, and what of it goes into nu. Otherwise starts from `arriving` (2, spans, B, M, S), writes gradients,
-    and, from the first span, what leaves into `leaving` (2, B, M, S). Partial sums: d_key and d_query
-    (B, channel blocks, end - begin, S), d_decay and d_noise (spans, B, M, S).
+    MAPS: writes the map of (mu, nu) through the span into `leaving` (4, spans - 1, B, M, S): both from zero, what of mu
+    stays in mu, and what of it goes into nu; the first span is not among the programs. Otherwise starts from `arriving`
+    (2, spans, B, M, S), writes gradients, and, from the first span, what leaves into `leaving` (2, B, M, S). Partial
+    sums: d_key and d_query (B, channel blocks, end - begin, S), d_decay and d_noise (spans, B, M, S).
     """
     blocks = tl.cdiv(channels, BM)
     number, row, start = place_of(tl.program_id(0), batches, blocks, BM)
@@ -86,6 +88,8 @@ def adjoint_kernel(
     size = long(channels * states)
     plane = tl.num_programs(0) // blocks * size
     line = (long(number) * batches + row) * size + flat
+    if MAPS:
+        number += 1
     a = tl.load(decay + flat, mask=inside, other=1.0)
     p = tl.load(noise + flat, mask=inside, other=1.0)
     squared = a * a
@@ -97,19 +101,19 @@ def adjoint_kernel(
         nu = tl.load(arriving + plane + line, mask=inside, other=0.0)
     first = begin + number * span
     last = tl.minimum(first + span, end)
-    chunks = tl.cdiv(last - first, CHECKPOINT)
+    chunks = tl.cdiv(last - first, STEPS)
     for step in range(0, chunks):
-        at = first + (chunks - 1 - step) * CHECKPOINT
-        kept = (long(at // CHECKPOINT) * batches + row) * size + flat
+        at = first + (chunks - 1 - step) * STEPS
+        kept = (long(at // STEPS) * batches + row) * size + flat
         lam = tl.load(kept_precision + kept, mask=inside, other=1.0)
         eta = tl.load(kept_information + kept, mask=inside, other=0.0)
         path = ((lam, eta),)
         v = load_channels(value, row, at, channel, length, channels, last)
         weight = load_channels(observed, row, at, channel, length, channels, last)
         k = load_states(key, row, at, state, length, states, last)
-        for count in tl.static_range(CHECKPOINT):
+        for count in tl.static_range(STEPS):
             token = at + count
-            if count < CHECKPOINT - 1:
+            if count < STEPS - 1:
                 next_v = load_channels(value, row, token + 1, channel, length, channels, last)
                 next_weight = load_channels(observed, row, token + 1, channel, length, channels, last)
                 next_k = load_states(key, row, token + 1, state, length, states, last)
@@ -125,14 +129,14 @@ def adjoint_kernel(
             if MARKED:
                 lam, eta = tl.where(mark < 2, lam, old_lam), tl.where(mark < 2, eta, old_eta)
             path = path + ((lam, eta),)
-            if count < CHECKPOINT - 1:
+            if count < STEPS - 1:
                 v, weight, k = next_v, next_weight, next_k
-        q = load_states(query, row, at + CHECKPOINT - 1, state, length, states, last)
-        dy = load_channels(d_mean, row, at + CHECKPOINT - 1, channel, length, channels, last)
-        ds = load_channels(d_variance, row, at + CHECKPOINT - 1, channel, length, channels, last)
-        for back in tl.static_range(CHECKPOINT):
-            token = at + CHECKPOINT - 1 - back
-            if back < CHECKPOINT - 1:
+        q = load_states(query, row, at + STEPS - 1, state, length, states, last)
+        dy = load_channels(d_mean, row, at + STEPS - 1, channel, length, channels, last)
+        ds = load_channels(d_variance, row, at + STEPS - 1, channel, length, channels, last)
+        for back in tl.static_range(STEPS):
+            token = at + STEPS - 1 - back
+            if back < STEPS - 1:
                 # The token before is under way while this one is worked on.
                 next_q = load_states(query, row, token - 1, state, length, states, last)
                 next_dy = load_channels(d_mean, row, token - 1, channel, length, channels, last)
@@ -140,8 +144,8 @@ def adjoint_kernel(
                 next_v = load_channels(value, row, token - 1, channel, length, channels, last)
                 next_weight = load_channels(observed, row, token - 1, channel, length, channels, last)
                 next_k = load_states(key, row, token - 1, state, length, states, last)
-            lam, eta = path[CHECKPOINT - back][0], path[CHECKPOINT - back][1]
-            old_lam, old_eta = path[CHECKPOINT - 1 - back][0], path[CHECKPOINT - 1 - back][1]
+            lam, eta = path[STEPS - back][0], path[STEPS - back][1]
+            old_lam, old_eta = path[STEPS - 1 - back][0], path[STEPS - 1 - back][1]
             valid = token < last
             if MARKED:
                 mark = load_mark(marks, row, token, length)
@@ -197,7 +201,7 @@ def adjoint_kernel(
                 before_mu = tl.where(resets, 0.0, before_mu)
                 before_nu = tl.where(resets, 0.0, before_nu)
             mu, nu = tl.where(valid, before_mu, mu), tl.where(valid, before_nu, nu)
-            if back < CHECKPOINT - 1:
+            if back < STEPS - 1:
                 v, weight, k, q, dy, ds = next_v, next_weight, next_k, next_q, next_dy, next_ds
     if MAPS:
         tl.store(leaving + line, mu, mask=inside)
@@ -217,18 +221,19 @@ def arriving_kernel(maps, arriving, spans, size, BLOCK: tl.constexpr):
     """(mu, nu) at the end of every span, (2, spans, B, M, S), from the maps of all spans and the last entry."""
     place = long(tl.program_id(0)) * BLOCK + tl.arange(0, BLOCK)
     inside = place < size
-    plane = long(size) * spans
-    place += (spans - 1) * long(size)
+    arriving_plane = long(size) * spans
+    plane = arriving_plane - size
+    place += plane
     mu = tl.load(arriving + place, mask=inside, other=0.0)
-    nu = tl.load(arriving + plane + place, mask=inside, other=0.0)
+    nu = tl.load(arriving + arriving_plane + place, mask=inside, other=0.0)
     for _ in range(1, spans):
+        place -= size
         stays = tl.load(maps + 2 * plane + place, mask=inside, other=0.0)
         cross = tl.load(maps + 3 * plane + place, mask=inside, other=0.0)
         nu = tl.load(maps + plane + place, mask=inside, other=0.0) + stays * stays * nu + cross * mu
         mu = tl.load(maps + place, mask=inside, other=0.0) + stays * mu
-        place -= size
         tl.store(arriving + place, mu, mask=inside)
-        tl.store(arriving + plane + place, nu, mask=inside)
+        tl.store(arriving + arriving_plane + place, nu, mask=inside)
 
 
 def kla_triton_backward(
@@ -243,20 +248,19 @@ def kla_triton_backward(
     """Gradients of (value, value_precision, key, query, decay, process_noise, precision, information)."""
     batch, length, channels = inputs.value.shape
     states = inputs.key.shape[-1]
-    step = checkpoint(states)
-    rows, width = tile_size(states, channels, 8 * 16 * 16 // step)
+    rows, width = tile_size(states, channels, TILE)
     blocks = -(-channels // width)
     programs = batch * blocks
     shape = (batch, channels, states)
     size = batch * channels * states
     new = {"dtype": torch.float32, "device": inputs.value.device}
     slab = max(SLAB, PARTIAL_BYTES // (8 * programs * states))
-    slab = min(-(-length // step), max(1, slab // step)) * step
+    slab = min(triton.cdiv(length, CHECKPOINT), slab // CHECKPOINT) * CHECKPOINT
     marks = inputs.value if inputs.marks is None else inputs.marks
     options = {
         "MARKED": inputs.marks is not None,
         "PRIOR": prior,
-        "CHECKPOINT": step,
+        "STEPS": CHECKPOINT,
         "BS": rows,
         "BM": width,
         "num_warps": 1,
@@ -268,14 +272,14 @@ def kla_triton_backward(
     d_decay, d_noise = torch.zeros(2, channels, states, **new)
     for begin in range((length - 1) // slab * slab, -1, -slab):
         end = min(begin + slab, length)
-        span = span_tokens(end - begin, programs, step)
+        span = span_tokens(end - begin, programs, PROGRAMS)
         spans = -(-(end - begin) // span)
         arriving = carried[:, None]
         sizes = (length, begin, end, span, batch, channels, states)
         known = (*inputs[:6], marks, *kept, d_mean, d_variance)
         if spans > 1:
-            maps = torch.empty(4, spans, *shape, **new)
-            adjoint_kernel[(programs * spans,)](*known, maps, maps, *[maps] * 6, *sizes, MAPS=True, **options)
+            maps = torch.empty(4, spans - 1, *shape, **new)
+            adjoint_kernel[(programs * (spans - 1),)](*known, maps, maps, *[maps] * 6, *sizes, MAPS=True, **options)
             arriving = torch.empty(2, spans, *shape, **new)
             arriving[:, -1] = carried
             arriving_kernel[(-(-size // 256),)](maps, arriving, spans, size, BLOCK=256, num_warps=2)

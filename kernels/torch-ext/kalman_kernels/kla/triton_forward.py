@@ -22,12 +22,16 @@ from torch import Tensor
 from ..dispatch import INTERPRETED
 from ..jit import long
 
-__all__ = ["TritonInputs", "checkpoint", "kla_triton_forward", "tile_size"]
+__all__ = ["CHECKPOINT", "TritonInputs", "kla_triton_forward", "tile_size"]
 
 # Whether reciprocals are the processor's own, right to 1 unit in the last place.
 FAST = tl.constexpr(not INTERPRETED and torch.version.cuda is not None)
 # Programs that fill a device, and the fewest tokens of a span.
 PROGRAMS, SPAN = 2048, 64
+# Filters of a program.
+TILE = 256
+# Tokens between two beliefs kept for the backward pass: as many as it can hold in registers.
+CHECKPOINT = 4
 
 
 class TritonInputs(NamedTuple):
@@ -104,13 +108,13 @@ def walk_kernel(
     MARKED: tl.constexpr,
     PRIOR: tl.constexpr,
     KEEP: tl.constexpr,
-    CHECKPOINT: tl.constexpr,
+    STEPS: tl.constexpr,
     BS: tl.constexpr,
     BM: tl.constexpr,
 ):
     """One span of BM channels; README eqs. 1-4.
 
-    Beliefs are (spans, B, M, S); KEEP: writes those before every CHECKPOINT-th token, (chunks, B, M, S).
+    Beliefs are (spans, B, M, S); KEEP: writes those before every STEPS-th token, (chunks, B, M, S).
     """
     blocks = tl.cdiv(channels, BM)
     number, row, start = place_of(tl.program_id(0), batches, blocks, BM)
@@ -133,13 +137,13 @@ def walk_kernel(
     weight = load_channels(observed, row, first, channel, length, channels, last)
     k = load_states(key, row, first, state, length, states, last)
     q = load_states(query, row, first, state, length, states, last)
-    for block in range(0, tl.cdiv(last - first, CHECKPOINT)):
-        begin = first + block * CHECKPOINT
+    for block in range(0, tl.cdiv(last - first, STEPS)):
+        begin = first + block * STEPS
         if KEEP:
-            kept = (long(begin // CHECKPOINT) * batches + row) * size + flat
+            kept = (long(begin // STEPS) * batches + row) * size + flat
             tl.store(kept_precision + kept, lam, mask=inside)
             tl.store(kept_information + kept, eta, mask=inside)
-        for token in range(begin, tl.minimum(begin + CHECKPOINT, last)):
+        for token in range(begin, tl.minimum(begin + STEPS, last)):
             # The next token is under way while this one is worked on.
             next_v = load_channels(value, row, token + 1, channel, length, channels, last)
             next_weight = load_channels(observed, row, token + 1, channel, length, channels, last)
@@ -193,7 +197,10 @@ def maps_kernel(
     BS: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """A span as a map of the belief before it: seven numbers per filter, (7, spans, B, M, S); README eq. 5."""
+    """A span as a map of the belief before it: seven numbers per filter, (7, spans - 1, B, M, S); README eq. 5.
+
+    The last span is not among the programs: nothing starts from its end, and all others are whole, of an even length.
+    """
     blocks = tl.cdiv(channels, BM)
     number, row, start = place_of(tl.program_id(0), batches, blocks, BM)
     state, channel = tl.arange(0, BS), start + tl.arange(0, BM)
@@ -207,39 +214,39 @@ def maps_kernel(
     b = tl.zeros((BS, BM), tl.float32)
     c, e, f = b, b, b
     first = number * span
-    last = tl.minimum(first + span, length)
+    last = first + span
     v = load_channels(value, row, first, channel, length, channels, last)
     weight = load_channels(observed, row, first, channel, length, channels, last)
     k = load_states(key, row, first, state, length, states, last)
-    for token in range(first, last):
-        next_v = load_channels(value, row, token + 1, channel, length, channels, last)
-        next_weight = load_channels(observed, row, token + 1, channel, length, channels, last)
-        next_k = load_states(key, row, token + 1, state, length, states, last)
-        seen = k[:, None] * weight[None, :]
-        added, moved = seen * k[:, None], seen * v[None, :]
-        if MARKED:
-            mark = load_mark(marks, row, token, length)
-            # Precision 1, information 0, whatever was: N = D, E = 0.
-            resets = (mark & 1) > 0
-            old_a, old_b, old_e, old_f, old_g = a, b, e, f, g
-            a, b = tl.where(resets, c, a), tl.where(resets, d, b)
-            e, f, g = tl.where(resets, 0.0, e), tl.where(resets, 0.0, f), tl.where(resets, 0.0, g)
-        new_c, new_d = squared * c + p * a, squared * d + p * b
-        a, b = a + added * new_c, b + added * new_d
-        e, f, g = decays * e + moved * new_c, decays * f + moved * new_d, decays * g
+    for pair in range(0, span // 2):
+        for second in tl.static_range(2):
+            token = first + 2 * pair + second
+            next_v = load_channels(value, row, token + 1, channel, length, channels, last)
+            next_weight = load_channels(observed, row, token + 1, channel, length, channels, last)
+            next_k = load_states(key, row, token + 1, state, length, states, last)
+            seen = k[:, None] * weight[None, :]
+            added, moved = seen * k[:, None], seen * v[None, :]
+            old_a, old_b, old_c, old_d, old_e, old_f, old_g = a, b, c, d, e, f, g
+            if MARKED:
+                mark = load_mark(marks, row, token, length)
+                # Precision 1, information 0, whatever was: N = D, E = 0.
+                resets = (mark & 1) > 0
+                a, b = tl.where(resets, c, a), tl.where(resets, d, b)
+                e, f, g = tl.where(resets, 0.0, e), tl.where(resets, 0.0, f), tl.where(resets, 0.0, g)
+            c, d = squared * c + p * a, squared * d + p * b
+            a, b = a + added * c, b + added * d
+            e, f, g = decays * e + moved * c, decays * f + moved * d, decays * g
+            if MARKED:
+                valid = mark < 2
+                a, b = tl.where(valid, a, old_a), tl.where(valid, b, old_b)
+                c, d = tl.where(valid, c, old_c), tl.where(valid, d, old_d)
+                e, f, g = tl.where(valid, e, old_e), tl.where(valid, f, old_f), tl.where(valid, g, old_g)
+            v, weight, k = next_v, next_weight, next_k
         # A free factor keeps the numbers near 1: an exact power of two.
-        total = (a + new_d).to(tl.int32, bitcast=True) & 0x7F800000
+        total = (a + d).to(tl.int32, bitcast=True) & 0x7F800000
         factor = (0x7F000000 - total).to(tl.float32, bitcast=True)
-        a, b, new_c, new_d = a * factor, b * factor, new_c * factor, new_d * factor
+        a, b, c, d = a * factor, b * factor, c * factor, d * factor
         e, f, g = e * factor, f * factor, g * factor
-        if MARKED:
-            valid = mark < 2
-            a, b = tl.where(valid, a, old_a), tl.where(valid, b, old_b)
-            c, d = tl.where(valid, new_c, c), tl.where(valid, new_d, d)
-            e, f, g = tl.where(valid, e, old_e), tl.where(valid, f, old_f), tl.where(valid, g, old_g)
-        else:
-            c, d = new_c, new_d
-        v, weight, k = next_v, next_weight, next_k
     size = long(channels * states)
     plane = tl.num_programs(0) // blocks * size
     maps += (long(number) * batches + row) * size + flat
@@ -265,10 +272,10 @@ def apply_maps_kernel(maps, precision, information, starts, spans, size, HAS_STA
     if HAS_STATE:
         lam = tl.load(precision + place, mask=inside, other=1.0)
         eta = tl.load(information + place, mask=inside, other=0.0)
-    plane = long(size) * spans
-    for _ in range(0, spans):
-        tl.store(starts + place, lam, mask=inside)
-        tl.store(starts + plane + place, eta, mask=inside)
+    tl.store(starts + place, lam, mask=inside)
+    tl.store(starts + long(size) * spans + place, eta, mask=inside)
+    plane = long(size) * (spans - 1)
+    for _ in range(1, spans):
         a = tl.load(maps + place, mask=inside, other=1.0)
         b = tl.load(maps + plane + place, mask=inside, other=0.0)
         c = tl.load(maps + 2 * plane + place, mask=inside, other=0.0)
@@ -280,6 +287,8 @@ def apply_maps_kernel(maps, precision, information, starts, spans, size, HAS_STA
         eta = (e * lam + f + g * eta) * scale
         lam = (a * lam + b) * scale
         place += size
+        tl.store(starts + place, lam, mask=inside)
+        tl.store(starts + plane + size + place, eta, mask=inside)
 
 
 def tile_size(states: int, channels: int, elements: int) -> tuple[int, int]:
@@ -288,15 +297,10 @@ def tile_size(states: int, channels: int, elements: int) -> tuple[int, int]:
     return rows, min(max(1, elements // rows), triton.next_power_of_2(channels))
 
 
-def checkpoint(states: int) -> int:
-    """Tokens between two kept beliefs: what the backward pass can hold in registers."""
-    return 16 if states <= 32 else 8
-
-
-def span_tokens(length: int, programs: int, step: int) -> int:
-    """Tokens of a span, a multiple of `step`, so that spans fill the device."""
-    spans = max(1, min(triton.cdiv(PROGRAMS, programs), length // SPAN))
-    return triton.cdiv(triton.cdiv(length, spans), step) * step
+def span_tokens(length: int, programs: int, wanted: int) -> int:
+    """Tokens of a span, a multiple of CHECKPOINT, so that there are about `wanted` programs."""
+    spans = max(1, min(triton.cdiv(wanted, programs), length // SPAN))
+    return triton.cdiv(triton.cdiv(length, spans), CHECKPOINT) * CHECKPOINT
 
 
 def kla_triton_forward(
@@ -309,15 +313,15 @@ def kla_triton_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Means and variances (B, T, M) in the dtype of the value, the final belief in float32, and kept beliefs.
 
-    Kept are the beliefs before every `keep`-th token (chunks, B, M, S), none when 0. `final` are buffers for the final
-    belief; those of `precision` and `information` themselves will do where `length` is below two spans.
+    Kept are the beliefs before every `keep`-th token (chunks, B, M, S), none when 0; `keep` divides CHECKPOINT. `final`
+    are buffers for the final belief, with up to SPAN tokens also those of `precision` and `information` themselves.
     """
     batch, length, channels = inputs.value.shape
     states = inputs.key.shape[-1]
     device = inputs.value.device
-    rows, width = tile_size(states, channels, 256)
+    rows, width = tile_size(states, channels, TILE)
     programs = batch * -(-channels // width)
-    span = span_tokens(length, programs, keep or 1)
+    span = span_tokens(length, programs, PROGRAMS)
     spans = -(-length // span)
     shape = (batch, channels, states)
     new = {"dtype": torch.float32, "device": device}
@@ -326,8 +330,8 @@ def kla_triton_forward(
     options = {"MARKED": inputs.marks is not None, "BS": rows, "BM": width, "num_warps": 1}
     sizes = (length, span, batch, channels, states)
     if spans > 1:
-        maps = torch.empty(7, spans, *shape, **new)
-        maps_kernel[(programs * spans,)](
+        maps = torch.empty(7, spans - 1, *shape, **new)
+        maps_kernel[(programs * (spans - 1),)](
             *inputs[:3], inputs.decay, inputs.process_noise, marks, maps, *sizes, **options
         )
         beliefs = torch.empty(2, spans, *shape, **new)
@@ -360,7 +364,7 @@ def kla_triton_forward(
         HAS_STATE=starts[0] is not None,
         PRIOR=prior,
         KEEP=keep > 0,
-        CHECKPOINT=keep or 64,
+        STEPS=keep or 64,
         **options,
     )
     return mean, variance, *ends, *kept
