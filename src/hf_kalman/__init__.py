@@ -18,6 +18,13 @@ _PUBLIC = {
     "GKAForTokenClassification": ".gka.modeling_gka",
     "GKAModel": ".gka.modeling_gka",
     "GKAPreTrainedModel": ".gka.modeling_gka",
+    "KLAConfig": ".kla.configuration_kla",
+    "KLAForCausalLM": ".kla.modeling_kla",
+    "KLAForQuestionAnswering": ".kla.modeling_kla",
+    "KLAForSequenceClassification": ".kla.modeling_kla",
+    "KLAForTokenClassification": ".kla.modeling_kla",
+    "KLAModel": ".kla.modeling_kla",
+    "KLAPreTrainedModel": ".kla.modeling_kla",
     "KalmanCacheLayer": ".cache",
 }
 

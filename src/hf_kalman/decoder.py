@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
 from transformers.masking_utils import (
     create_causal_mask,
     create_recurrent_attention_mask,
@@ -33,10 +34,12 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
+from kalman_kernels import Segments
+
 from .cache import swap_cache_layers
 from .packing import build_segments
 
-__all__ = ["DecoderAttention", "DecoderLayer", "build_decoder", "run_decoder"]
+__all__ = ["DecoderAttention", "DecoderGenerationMixin", "DecoderLayer", "build_decoder", "run_decoder"]
 
 _MASKS = {
     "full_attention": create_causal_mask,
@@ -130,10 +133,11 @@ class DecoderLayer(GradientCheckpointingLayer):
         **kwargs,
     ) -> Tensor:
         """(B, T, hidden) to the same. `attention_mask` is a mask for attention layers, `Segments` for mixers."""
+        collect = kwargs.pop("collect", None)
         residual = hidden_states
         hidden_states = self.input_layernorm(hidden_states)
         if self.layer_type == "linear_attention":
-            hidden_states = self.mixer(hidden_states, segments=attention_mask, past_key_values=past_key_values)
+            hidden_states = self.mix(hidden_states, attention_mask, past_key_values, collect)
         else:
             hidden_states, _ = self.self_attn(
                 hidden_states,
@@ -145,9 +149,28 @@ class DecoderLayer(GradientCheckpointingLayer):
                 **kwargs,
             )
         hidden_states = residual + hidden_states
-        residual = hidden_states
-        hidden_states = self.mlp(self.post_attention_layernorm(hidden_states))
-        return residual + hidden_states
+        if collect is not None:
+            collect.before_mlp = hidden_states
+        return self.feed_forward(hidden_states)
+
+    def mix(self, hidden_states: Tensor, segments: Segments | None, past_key_values: Cache | None, collect) -> Tensor:
+        """The family's mixer. `collect` gathers what a family reports beside its output, None for nothing."""
+        return self.mixer(hidden_states, segments=segments, past_key_values=past_key_values)
+
+    def feed_forward(self, hidden_states: Tensor) -> Tensor:
+        """The second half of the layer: x + mlp(norm(x))."""
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class DecoderGenerationMixin(GenerationMixin):
+    """`generate` with the recurrent layers' own entries in the host's caches."""
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if isinstance(cache, Cache):
+            swap_cache_layers(cache, self.config.layer_types, self.config.number_of_conv_states)
+        return result
 
 
 def build_decoder(model: nn.Module, config, layer_class: type[DecoderLayer]) -> None:

@@ -26,6 +26,14 @@ from .gka.modeling_gka import (
     GKAForTokenClassification,
     GKAModel,
 )
+from .kla.configuration_kla import KLAConfig
+from .kla.modeling_kla import (
+    KLAForCausalLM,
+    KLAForQuestionAnswering,
+    KLAForSequenceClassification,
+    KLAForTokenClassification,
+    KLAModel,
+)
 
 __all__ = ["ARCHITECTURES", "register"]
 
@@ -37,10 +45,18 @@ ARCHITECTURES = {
         AutoModelForTokenClassification: GKAForTokenClassification,
         AutoModelForQuestionAnswering: GKAForQuestionAnswering,
     },
+    KLAConfig: {
+        AutoModel: KLAModel,
+        AutoModelForCausalLM: KLAForCausalLM,
+        AutoModelForSequenceClassification: KLAForSequenceClassification,
+        AutoModelForTokenClassification: KLAForTokenClassification,
+        AutoModelForQuestionAnswering: KLAForQuestionAnswering,
+    },
     HybridQwen3Config: {AutoModel: HybridQwen3Model, AutoModelForCausalLM: HybridQwen3ForCausalLM},
 }
 # Attention layers, GKA mixers and MLPs name their projections alike.
 _LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "g_proj", "gate_proj", "up_proj", "down_proj"]
+_KLA_LORA_TARGETS = ["in_proj", "sensor_proj", "out_proj"]
 
 
 def register() -> None:
@@ -60,4 +76,5 @@ def _register_peft() -> None:
     for name in dir(constants):
         if name.endswith("TO_LORA_TARGET_MODULES_MAPPING"):
             for config in ARCHITECTURES:
-                getattr(constants, name)[config.model_type] = list(_LORA_TARGETS)
+                own = _KLA_LORA_TARGETS if config is KLAConfig else []
+                getattr(constants, name)[config.model_type] = [*_LORA_TARGETS, *own]

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tiny import HYBRID, OPENING, PURE, tiny_config, tiny_model, tokens
+from tiny import HYBRID, HYBRIDS, KLA_HYBRID, PURE, PURES, SHAPES, tiny_config, tiny_model, tokens
 from transformers import DynamicCache
 
 from hf_kalman import KalmanCacheLayer
@@ -19,7 +19,7 @@ def test_the_cache_stays_the_hosts_own_class():
     assert [isinstance(layer, KalmanCacheLayer) for layer in cache.layers] == [False, True, False, True]
 
 
-@pytest.mark.parametrize("layer_types", [HYBRID, PURE, OPENING])
+@pytest.mark.parametrize("layer_types", SHAPES.values(), ids=SHAPES)
 def test_length_is_counted_with_and_without_attention_layers(layer_types):
     model, cache = filled(layer_types)
     assert cache.get_seq_length() == 9
@@ -36,8 +36,9 @@ def test_a_mixer_without_convolution_context_keeps_its_state():
     torch.testing.assert_close(out, model(ids).logits[:, 9:], rtol=1e-4, atol=2e-5)
 
 
-def test_batch_methods():
-    model, _ = filled()
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_batch_methods(family):
+    model, _ = filled(HYBRIDS[family])
     ids, following = tokens(2, 9), tokens(2, 3, seed=5)
     rows = torch.tensor([1, 0, 1])
 
@@ -57,8 +58,9 @@ def test_batch_methods():
         torch.testing.assert_close(model(twice, past_key_values=repeated).logits, whole.repeat_interleave(2, 0))
 
 
-def test_reset_forgets_and_keeps_addresses():
-    model, cache = filled(PURE)
+@pytest.mark.parametrize("family", PURES)
+def test_reset_forgets_and_keeps_addresses(family):
+    model, cache = filled(PURES[family])
     addresses = [state.data_ptr() for state in cache.layers[0].recurrent_states.values() if state is not None]
     cache.reset()
     assert cache.get_seq_length() == 0
@@ -84,11 +86,18 @@ def test_foreign_caches_are_refused():
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"use_local_values": True, "use_value_conv": False}, {"linear_conv_kernel_dim": 1}]
+    ("kinds", "fields"),
+    [
+        (HYBRID, {}),
+        (HYBRID, {"use_local_values": True, "use_value_conv": False}),
+        (HYBRID, {"linear_conv_kernel_dim": 1}),
+        (KLA_HYBRID, {}),
+        (KLA_HYBRID, {"linear_conv_kernel_dim": 0}),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cache_bytes_are_what_a_cache_holds(fields, dtype):
-    model = tiny_model(**fields).to(dtype)
+def test_cache_bytes_are_what_a_cache_holds(kinds, fields, dtype):
+    model = tiny_model(kinds, **fields).to(dtype)
     cache = model(tokens(1, 20), use_cache=True).past_key_values
     held = 0
     for layer in cache.layers:

@@ -8,28 +8,20 @@
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_rope_utils import RopeParameters
 
-__all__ = ["LAYER_TYPES", "GKAConfig"]
+from ..configuration import DecoderConfig
 
-LAYER_TYPES = ("linear_attention", "full_attention", "sliding_attention")
+__all__ = ["GKAConfig"]
 
 
 @strict
-class GKAConfig(PreTrainedConfig):
+class GKAConfig(DecoderConfig):
     r"""Configuration of a decoder whose `linear_attention` layers are Gated KalmaNet (arXiv 2511.21016).
 
-    The decoder around the mixers is the Llama family: pre-norm, rotary embeddings and SwiGLU, with the switches of
-    Llama, Mistral, Qwen2 and Qwen3. Defaults build a pure GKA model.
+    Fields of the decoder are in `DecoderConfig`; `attention_bias` and `attention_output_bias` hold for GKA mixers, too.
+    Defaults build a pure GKA model.
 
     Args:
-        layer_types: one of `linear_attention` (GKA), `full_attention`, `sliding_attention` per layer.
-        attention_bias: bias in the query, key and value projections, of attention layers and GKA mixers alike.
-        attention_output_bias: bias in the output projections.
-        mlp_bias: bias in the MLP.
-        use_qk_norm: RMSNorm per head on queries and keys of attention layers (Qwen3). GKA layers do not use it.
-        sliding_window: width of `sliding_attention` layers.
         linear_num_query_heads: query heads of a GKA mixer, `num_attention_heads` when None.
         linear_num_key_heads: key heads of a GKA mixer, `num_key_value_heads` when None.
         linear_num_value_heads: value heads of a GKA mixer, `num_key_value_heads` when None.
@@ -66,47 +58,6 @@ class GKAConfig(PreTrainedConfig):
     """
 
     model_type = "kalman_gka"
-    keys_to_ignore_at_inference = ["past_key_values"]
-    base_model_tp_plan = {
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.k_proj": "colwise",
-        "layers.*.self_attn.v_proj": "colwise",
-        "layers.*.self_attn.o_proj": "rowwise",
-        "layers.*.mlp.gate_proj": "colwise",
-        "layers.*.mlp.up_proj": "colwise",
-        "layers.*.mlp.down_proj": "rowwise",
-    }
-    base_model_pp_plan = {
-        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
-        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
-        "norm": (["hidden_states"], ["hidden_states"]),
-    }
-
-    vocab_size: int = 32000
-    hidden_size: int = 2048
-    intermediate_size: int = 8192
-    num_hidden_layers: int = 24
-    num_attention_heads: int = 16
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    hidden_act: str = "silu"
-    max_position_embeddings: int = 8192
-    initializer_range: float = 0.02
-    rms_norm_eps: float = 1e-6
-    use_cache: bool = True
-    tie_word_embeddings: bool = False
-    rope_parameters: RopeParameters | dict | None = None
-    attention_bias: bool = False
-    attention_output_bias: bool = False
-    attention_dropout: float | int = 0.0
-    mlp_bias: bool = False
-    use_qk_norm: bool = False
-    sliding_window: int | None = None
-    layer_types: list[str] | None = None
-    pad_token_id: int | None = None
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-
     linear_num_query_heads: int | None = None
     linear_num_key_heads: int | None = None
     linear_num_value_heads: int | None = None
@@ -133,12 +84,7 @@ class GKAConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         """Fill in what follows from other fields."""
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.layer_types is None:
-            self.layer_types = ["linear_attention"] * self.num_hidden_layers
+        self._fill_decoder()
         if self.linear_num_query_heads is None:
             self.linear_num_query_heads = self.num_attention_heads
         if self.linear_num_key_heads is None:
@@ -172,7 +118,7 @@ class GKAConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Cross-field rules; part of the `@strict` validation."""
-        self._validate_layers()
+        super().validate_architecture()
         self._validate_heads()
         if self.linear_conv_kernel_dim < 1:
             raise ValueError(f"`linear_conv_kernel_dim` must be >= 1, got {self.linear_conv_kernel_dim}.")
@@ -185,24 +131,7 @@ class GKAConfig(PreTrainedConfig):
         if self.linear_kv_residual and self.linear_kv_rank is None:
             raise ValueError("`linear_kv_residual` needs `linear_kv_rank`, got linear_kv_rank=None.")
 
-    def _validate_layers(self):
-        if len(self.layer_types) != self.num_hidden_layers:
-            raise ValueError(
-                f"`layer_types` must name each of the num_hidden_layers={self.num_hidden_layers} layers, got "
-                f"{len(self.layer_types)} entries."
-            )
-        for index, kind in enumerate(self.layer_types):
-            if kind not in LAYER_TYPES:
-                raise ValueError(f"`layer_types[{index}]` must be one of {LAYER_TYPES}, got {kind!r}.")
-        if "sliding_attention" in self.layer_types and self.sliding_window is None:
-            raise ValueError("`sliding_window` must be set for the sliding_attention of `layer_types`, got None.")
-
     def _validate_heads(self):
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"`num_key_value_heads` must divide num_attention_heads={self.num_attention_heads}, got "
-                f"{self.num_key_value_heads}."
-            )
         for field in ("linear_num_query_heads", "linear_num_key_heads", "linear_num_value_heads"):
             if getattr(self, field) < 1 or self.linear_num_heads % getattr(self, field):
                 raise ValueError(

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -29,8 +28,8 @@ from kalman_kernels import GKASolver, GKAState, Segments, causal_conv, gated_kal
 from kalman_kernels.gka import MixerInputs, MixerOptions, gka_mixer_step, serves_mixer_step
 from kalman_kernels.numerics import EPSILON, unit_norm, widen
 
-from ..cache import swap_cache_layers
-from ..decoder import DecoderAttention, DecoderLayer, build_decoder, run_decoder
+from ..decoder import DecoderAttention, DecoderGenerationMixin, DecoderLayer, build_decoder, run_decoder
+from ..layers import ShortConvolution
 from .configuration_gka import GKAConfig
 
 __all__ = [
@@ -42,27 +41,6 @@ __all__ = [
     "GKAModel",
     "GKAPreTrainedModel",
 ]
-
-
-class ShortConvolution(nn.Conv1d):
-    """Causal depthwise convolution as a module, so that device hooks see its weight."""
-
-    def __init__(self, channels: int, taps: int) -> None:
-        super().__init__(channels, channels, taps, groups=channels, bias=False)
-
-    def forward(
-        self,
-        inputs: Tensor,
-        state: Tensor | None,
-        segments: Segments | None,
-        implementation: str,
-        activation: str | None = None,
-        unit_width: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """(B, T, C) and the context (B, C, K-1) to the same."""
-        # Padding is the torch path's; "auto" says so.
-        implementation = "auto" if implementation == "triton" else implementation
-        return causal_conv(inputs, self.weight[:, 0], state, segments, implementation, activation, unit_width)
 
 
 class LowRankLinear(nn.Module):
@@ -414,7 +392,7 @@ class GKAModel(GKAPreTrainedModel):
         )
 
 
-class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
+class GKAForCausalLM(GKAPreTrainedModel, DecoderGenerationMixin):
     """The decoder with a language-modelling head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -464,13 +442,6 @@ class GKAForCausalLM(GKAPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs.get("past_key_values")
-        if isinstance(cache, Cache):
-            swap_cache_layers(cache, self.config.layer_types, self.config.number_of_conv_states)
-        return result
 
 
 class GKAForSequenceClassification(GenericForSequenceClassification, GKAPreTrainedModel):

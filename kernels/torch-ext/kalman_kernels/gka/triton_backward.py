@@ -412,7 +412,7 @@ def _adjoint_gram_walk(
     offset = lines[:, None] * WIDTH + lines[None, :]
     stride, key_stride = heads * WIDTH, key_heads * WIDTH
     state = tl.zeros((BLOCK, BLOCK), tl.float32)
-    bound, kept = 0.0, 1.0
+    bound, kept = tl.full((), 0.0, tl.float32), 1.0
     if HAS_STATE:
         state = tl.load(initial + offset, mask=mask, other=0.0)
         bound = tl.load(bounds)
@@ -496,7 +496,7 @@ def _adjoint_value_walk(
     offset = value_lines[:, None] * WIDTH + lines[None, :]
     stride, query_stride = heads * VALUE_WIDTH, heads * WIDTH
     state = tl.zeros((VALUE_BLOCK, BLOCK), tl.float32)
-    bound, kept = 0.0, 1.0
+    bound, kept = tl.full((), 0.0, tl.float32), 1.0
     if HAS_STATE:
         state = tl.load(initial + offset, mask=mask, other=0.0)
         bound = tl.load(bounds)

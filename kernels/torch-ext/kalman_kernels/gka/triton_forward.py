@@ -237,7 +237,7 @@ def _walk(
     offset = lines[:, None] * WIDTH + columns[None, :]
     left_stride, right_stride = left_heads * LEFT_WIDTH, right_heads * WIDTH
     state = tl.zeros((LEFT_BLOCK, BLOCK), tl.float32)
-    bound, kept = 0.0, 1.0
+    bound, kept = tl.full((), 0.0, tl.float32), 1.0
     if HAS_STATE:
         state = tl.load(initial + offset, mask=mask, other=0.0)
         bound = tl.load(bounds)

@@ -1,0 +1,1 @@
+"""Kalman Linear Attention configuration and models."""

@@ -1,0 +1,41 @@
+"""Modules that mixers of several families are made of."""
+
+# The host types submodules as `Tensor | Module`, fills optional fields after construction and unpacks kwargs loosely.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportPrivateImportUsage=false, reportAssignmentType=false
+# pyright: reportOptionalSubscript=false, reportOptionalMemberAccess=false, reportOptionalOperand=false
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kalman_kernels import Segments, causal_conv
+
+__all__ = ["ShortConvolution"]
+
+
+class ShortConvolution(nn.Conv1d):
+    """Causal depthwise convolution as a module, so that device hooks see its weight."""
+
+    def __init__(self, channels: int, taps: int, bias: bool = False) -> None:
+        super().__init__(channels, channels, taps, groups=channels, bias=bias)
+
+    def forward(
+        self,
+        inputs: Tensor,
+        state: Tensor | None,
+        segments: Segments | None,
+        implementation: str,
+        activation: str | None = None,
+        unit_width: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(B, T, C) and the context (B, C, K-1) to the same; `unit_width` does not go with a bias."""
+        # Padding is the torch path's; "auto" says so.
+        implementation = "auto" if implementation == "triton" else implementation
+        weight = self.weight[:, 0]
+        if self.bias is None:
+            return causal_conv(inputs, weight, state, segments, implementation, activation, unit_width)
+        outputs, state = causal_conv(inputs, weight, state, segments, implementation)
+        outputs = outputs + self.bias
+        return outputs if activation is None else F.silu(outputs), state
