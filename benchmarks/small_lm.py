@@ -3,9 +3,9 @@
     python benchmarks/small_lm.py CORPUS... [--tokens 32000000]
 
 CORPUS are files of passages separated by blank lines (`.txt` or `.txt.gz`). A byte-level BPE tokenizer of 8,192 tokens
-is trained on the training documents; the last 3 % of every file are held out. Learning rates are chosen by the held-out loss
-of a quarter of the budget. Results: `results/small_lm.json` and a plot of held-out bits per byte against tokens; for
-KLA also how its marginal entropy goes with the loss of the same token.
+is trained on the training documents; the last 3 % of every file are held out. Learning rates are chosen by the held-out
+loss of a quarter of the budget. Results: `results/small_lm.json` and a plot of held-out bits per byte against tokens;
+for KLA also how its marginal entropy goes with the loss of the same token.
 """
 
 import argparse

@@ -7,7 +7,7 @@ from kla_inputs import KINDS, RESULTS, call, differentiated, make_inputs, make_s
 from kalman_kernels import KLAState, kalman_linear_attention_step
 
 pytest.importorskip("triton")
-from kalman_kernels.kla import triton_backward, triton_forward
+from kalman_kernels.kla import op, triton_backward, triton_forward
 
 SMALL = {"batch": 2, "channels": 3, "states": 3}
 DEVICES = [pytest.param("cuda", marks=pytest.mark.gpu), "cpu"]
@@ -35,6 +35,8 @@ def compare(inputs, device, dtype=torch.float32, segments=None, **options):
 def test_float32(length, kind, prior, device, monkeypatch):
     # Spans of 16 tokens, tiles of 2 channels, slabs of 32 tokens in the backward pass.
     monkeypatch.setattr(triton_forward, "SPAN", 16)
+    for module in (triton_forward, triton_backward, op):
+        monkeypatch.setattr(module, "KEPT", 16)
     monkeypatch.setattr(triton_forward, "tile_size", lambda states, channels, elements: (4, 2))
     monkeypatch.setattr(triton_backward, "tile_size", lambda states, channels, elements: (4, 2))
     monkeypatch.setattr(triton_backward, "SLAB", 32)
@@ -65,6 +67,8 @@ def test_numbers_of_states(states, device):
 )
 def test_edges_of_the_domain(change, device, monkeypatch):
     monkeypatch.setattr(triton_forward, "SPAN", 16)
+    for module in (triton_forward, triton_backward, op):
+        monkeypatch.setattr(module, "KEPT", 16)
     length = 40 if device == "cpu" else 300
     inputs = make_inputs(length, **SMALL)
     for index, number in change.items():

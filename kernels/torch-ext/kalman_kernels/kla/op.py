@@ -14,7 +14,7 @@ from .scan import Inputs, block_count, kla_chunked_backward, kla_chunked_forward
 
 if HAS_TRITON or TYPE_CHECKING:
     from .triton_backward import kla_triton_backward
-    from .triton_forward import CHECKPOINT, TritonInputs, kla_triton_forward
+    from .triton_forward import KEPT, TritonInputs, kla_triton_forward
 
 __all__ = ["IMPLEMENTATIONS", "kalman_linear_attention", "kalman_linear_attention_step"]
 
@@ -81,7 +81,7 @@ def kalman_linear_attention(
         inputs = _triton_inputs(value, value_precision, key, query, decay, process_noise, segments)
         state = [None, None] if initial_state is None else [s.float().contiguous() for s in initial_state]
         keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*inputs, *state))
-        kept = CHECKPOINT if keep else 0
+        kept = KEPT if keep else 0
         mean, variance, precision, information, *_ = _triton_forward(*inputs, *state, decode_from_prior, kept)
         return mean, variance, KLAState(precision, information)
     tensors = [*(t.to(dtype) for t in (value, value_precision, key, query)), decay, process_noise]

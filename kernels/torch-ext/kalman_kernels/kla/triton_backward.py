@@ -1,8 +1,9 @@
 """Kalman Linear Attention backward in Triton: the exact adjoint (README.md, eqs. 6-9), no atomics.
 
-Spans of time run side by side as in the forward pass: once for the affine map of what arrives from the future, once for
-the gradients. Beliefs inside a few tokens are computed again from the kept ones and stay in registers. Sums over
-channels (keys and queries) go through partial sums that are added in a fixed order, in slabs of time that bound them.
+Slabs of time are handled from the end, so that what they need is bounded. In each, beliefs before every fourth token
+are computed again from the kept ones, and those between stay in registers; spans run side by side as in the forward
+pass, once for the affine map of what arrives from the future, once for the gradients. Sums over channels (keys and
+queries) go through partial sums that are added in a fixed order.
 """
 
 # Triton turns annotations and defaults of jitted functions into objects of its own.
@@ -20,7 +21,9 @@ from torch import Tensor
 from ..jit import long
 from .triton_forward import (
     CHECKPOINT,
+    KEPT,
     TritonInputs,
+    beliefs,
     load_channels,
     load_mark,
     load_states,
@@ -32,8 +35,8 @@ from .triton_forward import (
 
 __all__ = ["kla_triton_backward"]
 
-# Bytes of the partial sums for keys and queries, and the fewest tokens of a slab.
-PARTIAL_BYTES, SLAB = 2**27, 1024
+# Bytes that a slab of time may need beside its partial sums, and for them; the fewest tokens of a slab.
+BELIEF_BYTES, PARTIAL_BYTES, SLAB = 2**28, 2**27, 1024
 # Programs that fill a device, and filters of each.
 PROGRAMS, TILE = 1024, 128
 
@@ -104,7 +107,7 @@ def adjoint_kernel(
     chunks = tl.cdiv(last - first, STEPS)
     for step in range(0, chunks):
         at = first + (chunks - 1 - step) * STEPS
-        kept = (long(at // STEPS) * batches + row) * size + flat
+        kept = (long((at - begin) // STEPS) * batches + row) * size + flat
         lam = tl.load(kept_precision + kept, mask=inside, other=1.0)
         eta = tl.load(kept_information + kept, mask=inside, other=0.0)
         path = ((lam, eta),)
@@ -254,8 +257,8 @@ def kla_triton_backward(
     shape = (batch, channels, states)
     size = batch * channels * states
     new = {"dtype": torch.float32, "device": inputs.value.device}
-    slab = max(SLAB, PARTIAL_BYTES // (8 * programs * states))
-    slab = min(triton.cdiv(length, CHECKPOINT), slab // CHECKPOINT) * CHECKPOINT
+    slab = max(SLAB, min(PARTIAL_BYTES // (8 * programs * states), BELIEF_BYTES * CHECKPOINT // (8 * size)))
+    slab = min(triton.cdiv(length, KEPT), slab // KEPT) * KEPT
     marks = inputs.value if inputs.marks is None else inputs.marks
     options = {
         "MARKED": inputs.marks is not None,
@@ -276,7 +279,8 @@ def kla_triton_backward(
         spans = -(-(end - begin) // span)
         arriving = carried[:, None]
         sizes = (length, begin, end, span, batch, channels, states)
-        known = (*inputs[:6], marks, *kept, d_mean, d_variance)
+        near = beliefs(inputs, kept, begin, end, prior)
+        known = (*inputs[:6], marks, *near, d_mean, d_variance)
         if spans > 1:
             maps = torch.empty(4, spans - 1, *shape, **new)
             adjoint_kernel[(programs * (spans - 1),)](*known, maps, maps, *[maps] * 6, *sizes, MAPS=True, **options)
@@ -307,4 +311,5 @@ def kla_triton_backward(
         d_key[:, begin:end] = by_key.sum(1)
         d_query[:, begin:end] = by_query.sum(1)
         d_decay, d_noise = d_decay + by_decay.sum(0), d_noise + by_noise.sum(0)
+        del near, known
     return d_value, d_observed, d_key, d_query, d_decay, d_noise, carried[1].clone(), carried[0].clone()

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..dispatch import INTERPRETED
 from ..jit import long
 
-__all__ = ["CHECKPOINT", "TritonInputs", "kla_triton_forward", "tile_size"]
+__all__ = ["CHECKPOINT", "KEPT", "TritonInputs", "beliefs", "kla_triton_forward", "tile_size"]
 
 # Whether reciprocals are the processor's own, right to 1 unit in the last place.
 FAST = tl.constexpr(not INTERPRETED and torch.version.cuda is not None)
@@ -30,8 +30,9 @@ FAST = tl.constexpr(not INTERPRETED and torch.version.cuda is not None)
 PROGRAMS, SPAN = 2048, 64
 # Filters of a program.
 TILE = 256
-# Tokens between two beliefs kept for the backward pass: as many as it can hold in registers.
-CHECKPOINT = 4
+# Tokens between two beliefs kept for the backward pass, and between two that it computes again from them: as many as it
+# can hold in registers.
+KEPT, CHECKPOINT = 64, 4
 
 
 class TritonInputs(NamedTuple):
@@ -82,7 +83,7 @@ def load_mark(marks, row, token, length):
     return tl.load(marks + long(row) * length + token, mask=token < length, other=2).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["length", "span", "batches"])
+@triton.jit(do_not_specialize=["length", "begin", "end", "span", "batches"])
 def walk_kernel(
     value,
     observed,
@@ -100,11 +101,14 @@ def walk_kernel(
     final_precision,
     final_information,
     length,
+    begin,
+    end,
     span,
     batches,
     channels,
     states,
     HAS_STATE: tl.constexpr,
+    RESUME: tl.constexpr,
     MARKED: tl.constexpr,
     PRIOR: tl.constexpr,
     KEEP: tl.constexpr,
@@ -112,9 +116,10 @@ def walk_kernel(
     BS: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """One span of BM channels; README eqs. 1-4.
+    """One span of the tokens from `begin` to `end`, BM channels; README eqs. 1-4.
 
-    Beliefs are (spans, B, M, S); KEEP: writes those before every STEPS-th token, (chunks, B, M, S).
+    Starts from beliefs (spans, B, M, S); KEEP: writes those before every STEPS-th token, (chunks, B, M, S). RESUME (a
+    number of tokens): starts from beliefs before every RESUME-th token of the whole row, and only keeps.
     """
     blocks = tl.cdiv(channels, BM)
     number, row, start = place_of(tl.program_id(0), batches, blocks, BM)
@@ -128,22 +133,23 @@ def walk_kernel(
     lam = tl.full((BS, BM), 1.0, tl.float32)
     eta = tl.zeros((BS, BM), tl.float32)
     if HAS_STATE:
-        belief = (long(number) * batches + row) * size + flat
+        index = (begin + number * span) // RESUME if RESUME else number
+        belief = (long(index) * batches + row) * size + flat
         lam = tl.load(precision + belief, mask=inside, other=1.0)
         eta = tl.load(information + belief, mask=inside, other=0.0)
-    first = number * span
-    last = tl.minimum(first + span, length)
+    first = begin + number * span
+    last = tl.minimum(first + span, end)
     v = load_channels(value, row, first, channel, length, channels, last)
     weight = load_channels(observed, row, first, channel, length, channels, last)
     k = load_states(key, row, first, state, length, states, last)
     q = load_states(query, row, first, state, length, states, last)
     for block in range(0, tl.cdiv(last - first, STEPS)):
-        begin = first + block * STEPS
+        start_token = first + block * STEPS
         if KEEP:
-            kept = (long(begin // STEPS) * batches + row) * size + flat
+            kept = (long((start_token - begin) // STEPS) * batches + row) * size + flat
             tl.store(kept_precision + kept, lam, mask=inside)
             tl.store(kept_information + kept, eta, mask=inside)
-        for token in range(begin, tl.minimum(begin + STEPS, last)):
+        for token in range(start_token, tl.minimum(start_token + STEPS, last)):
             # The next token is under way while this one is worked on.
             next_v = load_channels(value, row, token + 1, channel, length, channels, last)
             next_weight = load_channels(observed, row, token + 1, channel, length, channels, last)
@@ -158,22 +164,23 @@ def walk_kernel(
             seen = k[:, None] * weight[None, :]
             lam = lam * inverse + seen * k[:, None]
             eta = a * inverse * eta + seen * v[None, :]
-            variance = reciprocal(lam)
-            mean = eta * variance
-            if PRIOR:
-                mean = a * mean
-                variance = squared * variance + p
-            y = tl.sum(q[:, None] * mean, 0)
-            spread = tl.sum((q * q)[:, None] * variance, 0)
+            if not RESUME:
+                variance = reciprocal(lam)
+                mean = eta * variance
+                if PRIOR:
+                    mean = a * mean
+                    variance = squared * variance + p
+                y = tl.sum(q[:, None] * mean, 0)
+                spread = tl.sum((q * q)[:, None] * variance, 0)
+                if MARKED:
+                    y, spread = tl.where(mark < 2, y, 0.0), tl.where(mark < 2, spread, 0.0)
+                place = (long(row) * length + token) * channels + channel
+                tl.store(mean_out + place, y.to(mean_out.dtype.element_ty), mask=channel < channels)
+                tl.store(variance_out + place, spread.to(variance_out.dtype.element_ty), mask=channel < channels)
             if MARKED:
-                valid = mark < 2
-                lam, eta = tl.where(valid, lam, old_lam), tl.where(valid, eta, old_eta)
-                y, spread = tl.where(valid, y, 0.0), tl.where(valid, spread, 0.0)
-            place = (long(row) * length + token) * channels + channel
-            tl.store(mean_out + place, y.to(mean_out.dtype.element_ty), mask=channel < channels)
-            tl.store(variance_out + place, spread.to(variance_out.dtype.element_ty), mask=channel < channels)
+                lam, eta = tl.where(mark < 2, lam, old_lam), tl.where(mark < 2, eta, old_eta)
             v, weight, k, q = next_v, next_weight, next_k, next_q
-    if last == length:
+    if not RESUME and last == length:
         belief = long(row) * size + flat
         tl.store(final_precision + belief, lam, mask=inside)
         tl.store(final_information + belief, eta, mask=inside)
@@ -298,9 +305,9 @@ def tile_size(states: int, channels: int, elements: int) -> tuple[int, int]:
 
 
 def span_tokens(length: int, programs: int, wanted: int) -> int:
-    """Tokens of a span, a multiple of CHECKPOINT, so that there are about `wanted` programs."""
+    """Tokens of a span, a multiple of KEPT, so that there are about `wanted` programs."""
     spans = max(1, min(triton.cdiv(wanted, programs), length // SPAN))
-    return triton.cdiv(triton.cdiv(length, spans), CHECKPOINT) * CHECKPOINT
+    return triton.cdiv(triton.cdiv(length, spans), KEPT) * KEPT
 
 
 def kla_triton_forward(
@@ -313,7 +320,7 @@ def kla_triton_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Means and variances (B, T, M) in the dtype of the value, the final belief in float32, and kept beliefs.
 
-    Kept are the beliefs before every `keep`-th token (chunks, B, M, S), none when 0; `keep` divides CHECKPOINT. `final`
+    Kept are the beliefs before every `keep`-th token (chunks, B, M, S), none when 0; `keep` divides KEPT. `final`
     are buffers for the final belief, with up to SPAN tokens also those of `precision` and `information` themselves.
     """
     batch, length, channels = inputs.value.shape
@@ -360,11 +367,54 @@ def kla_triton_forward(
         variance,
         *kept,
         *ends,
-        *sizes,
+        length,
+        0,
+        length,
+        *sizes[1:],
         HAS_STATE=starts[0] is not None,
+        RESUME=0,
         PRIOR=prior,
         KEEP=keep > 0,
-        STEPS=keep or 64,
+        STEPS=keep or KEPT,
         **options,
     )
     return mean, variance, *ends, *kept
+
+
+def beliefs(
+    inputs: TritonInputs, kept: tuple[Tensor, Tensor], begin: int, end: int, prior: bool
+) -> tuple[Tensor, Tensor]:
+    """Beliefs before every CHECKPOINT-th token from `begin` to `end`, from those before every KEPT-th of the row."""
+    batch, length, channels = inputs.value.shape
+    states = inputs.key.shape[-1]
+    rows, width = tile_size(states, channels, TILE)
+    shape = (triton.cdiv(end - begin, CHECKPOINT), batch, channels, states)
+    outputs = kept[0].new_empty(shape), kept[0].new_empty(shape)
+    unused = inputs.decay
+    walk_kernel[(batch * triton.cdiv(channels, width) * triton.cdiv(end - begin, KEPT),)](
+        *inputs[:6],
+        inputs.value if inputs.marks is None else inputs.marks,
+        *kept,
+        unused,
+        unused,
+        *outputs,
+        unused,
+        unused,
+        length,
+        begin,
+        end,
+        KEPT,
+        batch,
+        channels,
+        states,
+        HAS_STATE=True,
+        RESUME=KEPT,
+        PRIOR=prior,
+        KEEP=True,
+        STEPS=CHECKPOINT,
+        MARKED=inputs.marks is not None,
+        BS=rows,
+        BM=width,
+        num_warps=1,
+    )
+    return outputs
