@@ -25,6 +25,8 @@ from .reference import CG_FLOOR
 METHODS = {"none": 0, "cg": 1, "chebyshev": 2}
 # Norm of a right side inside the solver.
 START = tl.constexpr(32.0)
+# What is smaller underflows gradually: inverses of scales stay finite when powers of two are multiplied onto them.
+TINY = tl.constexpr(2.0**-100)
 
 
 @triton.jit
@@ -35,9 +37,8 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def power_of_two(size):
-    """A power of two above a float32 (1 for 0), and its inverse: multiplying by it is exact."""
-    bits = (size.to(tl.int32, bitcast=True) & 0x7F800000) + 0x00800000
-    bits = tl.where(size > 0, bits, 0x3F800000)
+    """A power of two above a float32 and above TINY, and its inverse: multiplying by it is exact."""
+    bits = (tl.maximum(size, TINY).to(tl.int32, bitcast=True) & 0x7F800000) + 0x00800000
     return bits.to(tl.float32, bitcast=True), (0x7F000000 - bits).to(tl.float32, bitcast=True)
 
 
@@ -135,8 +136,8 @@ def products(left, left_scale, right, right_scale, weight, OPERAND: tl.constexpr
     `left` and `right` (rows, width) are scaled rows; README eq. 23.
     """
     weight = weight * left_scale * right_scale
-    bound = tl.sum(tl.abs(weight), 0)
-    weight = weight * tl.where(bound > 0, 1024.0 / bound, 0.0)
+    bound = tl.maximum(tl.sum(tl.abs(weight), 0), TINY)
+    weight = weight * (1024.0 / bound)
     left = (left.to(tl.float32) * weight[:, None]).to(OPERAND)
     return dot(tl.trans(left), right, PRECISION), bound
 
