@@ -1,4 +1,4 @@
-"""`kalman-convert`: swap, heal, verify."""
+"""`kalman-convert`: swap, heal, verify, import-kla, export-kla."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from hf_kalman.cache import cache_bytes
 
 from .files import check_output, new_folder
+from .foreign.kla import export_kla, import_kla
 from .heal import PRIOR_TOKENS, check_pair, heal_layerwise, heal_rls, layer_errors
 from .plan import MIXERS, mixer_options, plan_conversion
 from .recipe import load_recipe
@@ -65,7 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     swap.add_argument("--mixer", help=f"one of {', '.join(MIXERS)}")
     swap.add_argument("--layers", help="indices like 2,4,7, or half, all, none")
     swap.add_argument("--initialisation", help="identity or reference")
-    swap.add_argument("--option", action="append", default=[], metavar="FIELD=VALUE", help="field of GKAConfig")
+    swap.add_argument(
+        "--option", action="append", default=[], metavar="FIELD=VALUE", help="field of GKAConfig or KLAConfig"
+    )
     swap.add_argument("--seed", type=int)
     swap.add_argument("--max-shard-size", default="5GB", help="of one safetensors file")
     swap.add_argument("--output", required=True, help="folder to write; must not exist")
@@ -101,7 +104,25 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--tokens", type=int, default=4096)
     check.add_argument("--context", type=int, default=8192, help="context length for the cache sizes")
     check.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+    for name, other, run in (("import-kla", "into one of", _import_kla), ("export-kla", "out of one of", _export_kla)):
+        foreign = commands.add_parser(name, help=f"a checkpoint of the kla package {other} this package")
+        foreign.set_defaults(run=run)
+        foreign.add_argument("--model", required=True, help="folder with the checkpoint")
+        foreign.add_argument("--output", required=True, help="folder to write; must not exist")
     return parser
+
+
+def _import_kla(options: argparse.Namespace) -> int:
+    model = import_kla(options.model, options.output)
+    _say(f"{sum(p.numel() for p in model.parameters()):,} parameters written to {options.output}")
+    return 0
+
+
+def _export_kla(options: argparse.Namespace) -> int:
+    export_kla(load_model(options.model), options.output)
+    _say(f"written to {options.output}")
+    return 0
 
 
 def _say(text: str) -> None:
@@ -133,7 +154,7 @@ def _swap(options: argparse.Namespace) -> int:
     if Path(options.model).exists():
         check_checkpoint(options.model)
     source = AutoConfig.from_pretrained(options.model)
-    fields = mixer_options(source, settings["initialisation"], fields)
+    fields = mixer_options(source, settings["initialisation"], fields, settings["mixer"])
     plan = plan_conversion(source, settings["mixer"], settings["layers"], **fields)
     check_output(options.output)
     before, after = (cache_bytes(c, 8192, torch.float32) for c in (source, plan.config))

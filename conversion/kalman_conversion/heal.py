@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from hf_kalman import GKAForCausalLM
+from hf_kalman import GKAForCausalLM, KLAForCausalLM
 from hf_kalman.gka.modeling_gka import GKAMixer
+from hf_kalman.kla.modeling_kla import KLAMixer
 
 from .rls import RecursiveLeastSquares
 from .taps import AttentionTaps
@@ -41,7 +42,18 @@ PRIOR_TOKENS = 500.0
 # Steps of gradient descent between two solves of the filtered linear part.
 SOLVE_EVERY = 4
 # Parameters that shape decays, gates and convolutions: few, and far from where they should be at the start.
-_SMALL = ("A_log", "dt_bias", "a_proj", "b_proj", "alpha_proj", "conv1d")
+_SMALL = (
+    "A_log",
+    "dt_bias",
+    "a_proj",
+    "b_proj",
+    "alpha_proj",
+    "conv1d",
+    "delta",
+    "lambda_log",
+    "process_noise",
+    "skip",
+)
 
 
 class HealingReport(NamedTuple):
@@ -78,7 +90,7 @@ def check_pair(student: PreTrainedModel, teacher: PreTrainedModel) -> tuple[int,
     return layers
 
 
-def _mixers(student: PreTrainedModel, layers: Sequence[int]) -> dict[int, GKAMixer]:
+def _mixers(student: PreTrainedModel, layers: Sequence[int]) -> dict[int, GKAMixer | KLAMixer]:
     return {index: student.model.layers[index].mixer for index in layers}
 
 
@@ -91,11 +103,11 @@ class Readout:
         mixer: the columns of W are its `o_proj`, `local_proj` (where it has one) and the bias of `o_proj` (likewise).
     """
 
-    def __init__(self, mixer: GKAMixer) -> None:
-        self.mixer = mixer
-        local = mixer.local_proj.in_features if mixer.config.use_local_values else 0
-        self.widths = (mixer.o_proj.in_features, local, int(mixer.o_proj.bias is not None))
-        self.features, self.outputs = sum(self.widths), mixer.o_proj.out_features
+    def __init__(self, mixer: GKAMixer | KLAMixer) -> None:
+        self.mixer: Any = mixer
+        local = self.mixer.local_proj.in_features if hasattr(mixer, "local_proj") else 0
+        self.widths = (self.mixer.o_proj.in_features, local, int(self.mixer.o_proj.bias is not None))
+        self.features, self.outputs = sum(self.widths), self.mixer.o_proj.out_features
 
     def parameters(self) -> list[Tensor]:
         """The mixer's parameters that W is made of."""
@@ -145,7 +157,7 @@ def layer_errors(student: PreTrainedModel, teacher: PreTrainedModel, windows: Te
 
 @torch.no_grad()
 def heal_rls(
-    student: GKAForCausalLM,
+    student: GKAForCausalLM | KLAForCausalLM,
     teacher: PreTrainedModel,
     windows: Tensor,
     *,
@@ -230,7 +242,7 @@ class LayerwiseDistillation(nn.Module):
 
     def __init__(
         self,
-        student: GKAForCausalLM,
+        student: GKAForCausalLM | KLAForCausalLM,
         teacher: PreTrainedModel,
         filters: dict[int, RecursiveLeastSquares],
         forgetting: float,
@@ -315,7 +327,7 @@ class _Windows(torch.utils.data.Dataset):
 
 
 def heal_layerwise(
-    student: GKAForCausalLM,
+    student: GKAForCausalLM | KLAForCausalLM,
     teacher: PreTrainedModel,
     windows: Tensor,
     filters: dict[int, RecursiveLeastSquares],

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedConfig
 
-from hf_kalman import GKAConfig
+from hf_kalman import GKAConfig, KLAConfig
 
 from .recipe import load_recipe
 
@@ -23,15 +23,19 @@ __all__ = [
 ]
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-MIXERS = ("gka",)
-# Mixer fields of a conversion where the caller says nothing: the variants that healed best, one at a time, in
-# benchmarks/results/healing.json. The published layer differs in all of them.
+MIXERS = ("gka", "kla")
+_CONFIGS = {"gka": GKAConfig, "kla": KLAConfig}
+# Mixer fields of a conversion where the caller says nothing. GKA: the variants that healed best, one at a time, in
+# benchmarks/results/healing.json. The published layers differ in all of them. `mixer_options` adds widths for KLA.
 CONVERSION_MIXER = {
-    "use_local_values": True,
-    "key_activation": "identity",
-    "value_activation": "identity",
-    "solver": "cg",
-    "solver_iterations": 20,
+    "gka": {
+        "use_local_values": True,
+        "key_activation": "identity",
+        "value_activation": "identity",
+        "solver": "cg",
+        "solver_iterations": 20,
+    },
+    "kla": {"value_rank": "conv", "skip": "channel"},
 }
 _CARRIED = (
     "vocab_size",
@@ -57,7 +61,7 @@ _CARRIED = (
 class ConversionPlan(NamedTuple):
     """A checked conversion: the configuration of the result and the indices of the swapped layers."""
 
-    config: GKAConfig
+    config: GKAConfig | KLAConfig
     layers: tuple[int, ...]
     source_type: str
 
@@ -108,20 +112,30 @@ def _indices(layers: str | Path | Sequence[int], count: int) -> Sequence[int]:
         ) from None
 
 
-def mixer_options(source: PreTrainedConfig, initialisation: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """Fields of the mixers: those given, over `CONVERSION_MIXER`.
+def mixer_options(
+    source: PreTrainedConfig, initialisation: str, fields: dict[str, Any], mixer: str = "gka"
+) -> dict[str, Any]:
+    """Fields of the mixers: those given, over `CONVERSION_MIXER` and what the sizes of the source suggest.
 
     The "reference" initialisation belongs to the published layer, and a model that has mixers already keeps their
-    fields: both add nothing to what is given.
+    fields: both add nothing to what is given but, for KLA, the width of the attention that is replaced.
     """
-    if initialisation == "reference" or source.model_type == GKAConfig.model_type:
+    if mixer not in _CONFIGS or source.model_type == _CONFIGS[mixer].model_type:
         return fields
-    return {**CONVERSION_MIXER, **fields}
+    sizes = {}
+    if mixer == "kla":
+        head_dim = getattr(source, "head_dim", None) or source.hidden_size // source.num_attention_heads
+        sizes = {"linear_inner_size": source.num_attention_heads * head_dim}
+    if initialisation == "reference":
+        return {**sizes, **fields}
+    if mixer == "kla":
+        sizes["variance_rank"] = -(-source.hidden_size // 8)
+    return {**sizes, **CONVERSION_MIXER[mixer], **fields}
 
 
 def plan_conversion(
     source: PreTrainedConfig,
-    mixer: Literal["gka"] = "gka",
+    mixer: Literal["gka", "kla"] = "gka",
     layers: str | Path | Sequence[int] = "half",
     **mixer_fields,
 ) -> ConversionPlan:
@@ -131,40 +145,44 @@ def plan_conversion(
         source: configuration of a Llama, Mistral, Qwen2 or Qwen3 model, or of an already converted one.
         mixer: what replaces softmax attention.
         layers: see `resolve_layers`.
-        mixer_fields: fields of `GKAConfig` that describe the mixer.
+        mixer_fields: fields of `GKAConfig` or `KLAConfig` that describe the mixer.
 
     Raises:
         ValueError: an unknown mixer, model type, layer or field, or sizes that do not fit.
     """
     if mixer not in MIXERS:
         raise ValueError(f"swap_attention: `mixer` must be one of {MIXERS}, got {mixer!r}.")
-    if source.model_type not in (*FAMILIES, GKAConfig.model_type):
+    target = _CONFIGS[mixer]
+    if source.model_type not in (*FAMILIES, target.model_type):
         raise ValueError(
-            f"swap_attention: `model` must be of type {', '.join((*FAMILIES, GKAConfig.model_type))}, got "
+            f"swap_attention: `model` must be of type {', '.join((*FAMILIES, target.model_type))}, got "
             f"{source.model_type!r}."
         )
     fixed = {*_CARRIED, "layer_types", "head_dim", "model_type", "sliding_window"}
     for name in mixer_fields:
-        if name in fixed or name not in GKAConfig.__dataclass_fields__:
+        if name in fixed or name not in target.__dataclass_fields__:
             raise ValueError(
-                f"swap_attention: mixer options must be fields of GKAConfig that describe the mixer, got {name!r}."
+                f"swap_attention: mixer options must be fields of {target.__name__} that describe the mixer, got "
+                f"{name!r}."
             )
-    if source.model_type == GKAConfig.model_type:
-        base = {k: v for k, v in source.to_dict().items() if k in GKAConfig.__dataclass_fields__ and k != "dtype"}
+    if source.model_type == target.model_type:
+        base = {k: v for k, v in source.to_dict().items() if k in target.__dataclass_fields__ and k != "dtype"}
         kinds = list(source.layer_types)
     else:
         base, kinds = _decoder_fields(source)
+        if mixer == "kla":
+            base["linear_bias"] = base["attention_bias"] or base["attention_output_bias"]
     swapped = resolve_layers(layers, kinds)
     for index in swapped:
         kinds[index] = "linear_attention"
     base["layer_types"] = kinds
     for name in ("architectures", "transformers_version", "model_type"):
         base.pop(name, None)
-    return ConversionPlan(GKAConfig(**{**base, **mixer_fields}), swapped, source.model_type)
+    return ConversionPlan(target(**{**base, **mixer_fields}), swapped, source.model_type)
 
 
 def _decoder_fields(source: PreTrainedConfig) -> tuple[dict, list[str]]:
-    """Fields of `GKAConfig` that describe the decoder of a supported source model, and its layer kinds."""
+    """Fields of `DecoderConfig` that describe the decoder of a supported source model, and its layer kinds."""
     fields = {name: getattr(source, name) for name in _CARRIED}
     heads = source.num_attention_heads
     fields["head_dim"] = getattr(source, "head_dim", None) or source.hidden_size // heads

@@ -14,13 +14,16 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from hf_kalman import GKAForCausalLM
-from hf_kalman.gka.modeling_gka import GKAMixer, ShortConvolution
+from hf_kalman import GKAForCausalLM, KLAForCausalLM
+from hf_kalman.gka.modeling_gka import GKAMixer
+from hf_kalman.kla.modeling_kla import KLAMixer
+from hf_kalman.layers import ShortConvolution
 
 from .plan import ConversionPlan, mixer_options, plan_conversion
 
 __all__ = ["check_checkpoint", "initialise_mixer", "load_model", "swap_attention"]
 
+_FAMILIES = {"gka": (GKAForCausalLM, GKAMixer), "kla": (KLAForCausalLM, KLAMixer)}
 # Half-lives in tokens over the heads of a mixer at the start: from a phrase to a long context.
 HALF_LIVES = (4.0, 4096.0)
 
@@ -62,7 +65,7 @@ def load_model(path: str | Path, dtype: torch.dtype | str = "auto", device: str 
 
 def swap_attention(
     model: PreTrainedModel | str | Path,
-    mixer: Literal["gka"] = "gka",
+    mixer: Literal["gka", "kla"] = "gka",
     layers: str | Path | Sequence[int] = "half",
     *,
     initialisation: Literal["identity", "reference"] = "identity",
@@ -70,25 +73,25 @@ def swap_attention(
     seed: int = 0,
     progress: bool = False,
     **mixer_fields,
-) -> GKAForCausalLM:
-    """A copy of a pretrained causal LM with some attention layers replaced by Gated KalmaNet.
+) -> GKAForCausalLM | KLAForCausalLM:
+    """A copy of a pretrained causal LM with some attention layers replaced by a Kalman mixer.
 
     Embeddings, norms, MLPs, the head and the attention layers that stay carry over bit for bit; with no layer swapped
-    the logits are those of the source. A swapped layer takes over the query, key, value and output projections (and
-    their biases); its own parts start as `initialise_mixer` says. It computes something else than the attention that
-    it replaces until it has been healed (`kalman_conversion.heal`).
+    the logits are those of the source. A swapped layer takes over the projections that it has a place for (GKA: query,
+    key, value, output; KLA: value, output) with their biases; its own parts start as `initialise_mixer` says. It
+    computes something else than the attention that it replaces until it has been healed (`kalman_conversion.heal`).
 
     Args:
         model: a Llama, Mistral, Qwen2 or Qwen3 causal LM, an already converted one, or the path or Hub id of one.
-        mixer: what replaces softmax attention.
+        mixer: what replaces softmax attention: "gka" (Gated KalmaNet) or "kla" (Kalman Linear Attention).
         layers: indices, "half", "all", "none", or the path of a recipe, whose layers are taken.
         initialisation: see `initialise_mixer`.
         share_weights: whether the result shares the tensors of `model` instead of copying them. Halves the memory of
             healing, where the shared weights are frozen; what changes one model then changes the other.
         seed: for the parameters that start at random.
         progress: whether to show a progress bar.
-        mixer_fields: fields of `GKAConfig` for the mixers; where nothing is said, `CONVERSION_MIXER` holds for the
-            "identity" initialisation and the published layer for the "reference" one.
+        mixer_fields: fields of `GKAConfig` or `KLAConfig` for the mixers; where nothing is said, `CONVERSION_MIXER`
+            holds for the "identity" initialisation and the published layer for the "reference" one.
 
     Raises:
         ValueError, FileNotFoundError: before any weight is touched, with the argument, its value and what works.
@@ -99,13 +102,15 @@ def swap_attention(
         if Path(model).exists():
             check_checkpoint(model)
         source = AutoConfig.from_pretrained(model)
-        plan_conversion(source, mixer, layers, **mixer_options(source, initialisation, mixer_fields))
+        plan_conversion(source, mixer, layers, **mixer_options(source, initialisation, mixer_fields, mixer))
         model, share_weights = AutoModelForCausalLM.from_pretrained(model, dtype="auto"), True
-    plan = plan_conversion(model.config, mixer, layers, **mixer_options(model.config, initialisation, mixer_fields))
+    options = mixer_options(model.config, initialisation, mixer_fields, mixer)
+    plan = plan_conversion(model.config, mixer, layers, **options)
     source = model.state_dict()
     _check_biases(plan, source)
+    family, mixer_class = _FAMILIES[mixer]
     with torch.device("meta"):
-        result = GKAForCausalLM(plan.config)
+        result = family(plan.config)
     weights = {
         name: tensor if share_weights else tensor.detach().clone()
         for name, tensor in source.items()
@@ -115,12 +120,12 @@ def swap_attention(
         torch.manual_seed(seed)
         for index in tqdm(plan.layers, desc="swap", unit="layer", disable=not progress):
             attention = _submodule(source, f"model.layers.{index}.self_attn.")
-            fresh = GKAMixer(plan.config, index)
-            fresh.apply(GKAForCausalLM._init_weights.__get__(result))
+            fresh = mixer_class(plan.config, index)
+            fresh.apply(family._init_weights.__get__(result))
             initialise_mixer(fresh, attention, initialisation)
             dtype, device = attention["q_proj.weight"].dtype, attention["q_proj.weight"].device
             for name, tensor in fresh.state_dict().items():
-                keep_wide = name in GKAForCausalLM._keep_in_fp32_modules_strict
+                keep_wide = name in family._keep_in_fp32_modules_strict
                 weights[f"model.layers.{index}.mixer.{name}"] = tensor.to(device, None if keep_wide else dtype)
     result.load_state_dict(weights, strict=False, assign=True)
     result.tie_weights()
@@ -136,7 +141,7 @@ def _submodule(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
-def _materialise_buffers(result: GKAForCausalLM, model: PreTrainedModel) -> None:
+def _materialise_buffers(result: GKAForCausalLM | KLAForCausalLM, model: PreTrainedModel) -> None:
     """Rotary frequencies are not in a state dict: compute them where the weights are."""
     rotary = result.model.rotary_emb
     if rotary is not None:
@@ -164,14 +169,20 @@ def _check_biases(plan: ConversionPlan, source: dict[str, Tensor]) -> None:
 
 @torch.no_grad()
 def initialise_mixer(
-    mixer: GKAMixer, attention: dict[str, Tensor], initialisation: Literal["identity", "reference"] = "identity"
+    mixer: GKAMixer | KLAMixer,
+    attention: dict[str, Tensor],
+    initialisation: Literal["identity", "reference"] = "identity",
 ) -> None:
     """Fill a freshly initialised mixer from the attention layer that it replaces.
 
-    Both initialisations copy the query, key, value and output projections and start the output gate at
+    GKA: both initialisations copy the query, key, value and output projections and start the output gate at
     `(W_o^T + repeat(W_v)) / 2` (papers' surgery). "reference" leaves the rest random, as the published conversions
     do. "identity" starts the convolutions as identity, and the decays as constants with half-lives spread over the
     heads, so that the layer begins as a regression on the source layer's own keys and values with a long memory.
+
+    KLA: "identity" puts the value projection, repeated for the query heads that share it, where the filtered channels
+    come from, the output projection where they go, and starts the convolution as identity; keys and queries of a width
+    that all channels share have no counterpart and stay random. "reference" leaves everything random.
 
     Args:
         mixer: on the CPU, initialised as a new model's.
@@ -182,6 +193,14 @@ def initialise_mixer(
         ValueError: a projection has another shape.
     """
     wide = {name: tensor.detach().to(torch.float32).cpu() for name, tensor in attention.items()}
+    if isinstance(mixer, GKAMixer):
+        _seed_gka(mixer, wide, initialisation)
+    elif initialisation == "identity":
+        _seed_kla(mixer, wide)
+
+
+def _seed_gka(mixer: GKAMixer, wide: dict[str, Tensor], initialisation: str) -> None:
+    """Both initialisations of a GKA mixer."""
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
         target = getattr(mixer, name)
         if target.weight.shape != wide[f"{name}.weight"].shape:
@@ -212,3 +231,27 @@ def initialise_mixer(
             step = torch.full_like(lives, 0.01)
             mixer.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
             mixer.A_log.copy_((torch.log(torch.tensor(2.0)) / lives / step).log())
+
+
+def _seed_kla(mixer: KLAMixer, attention: dict[str, Tensor]) -> None:
+    """The "identity" initialisation of a KLA mixer."""
+    config = mixer.config
+    inner, width = int(config.linear_inner_size or 0), attention["o_proj.weight"].shape[1]
+    if inner != width:
+        raise ValueError(
+            f"swap_attention: layer {mixer.layer_idx} has an output projection from {width} channels, but the mixer "
+            f"has {inner}; leave `linear_inner_size` out or use initialisation='reference'."
+        )
+
+    def repeated(tensor: Tensor) -> Tensor:
+        heads = tensor.unflatten(0, (-1, inner // config.num_attention_heads))
+        return heads.repeat_interleave(inner // tensor.shape[0], dim=0).flatten(0, 1)
+
+    mixer.in_proj.weight[:inner].copy_(repeated(attention["v_proj.weight"]))
+    mixer.o_proj.weight.copy_(attention["o_proj.weight"])
+    if mixer.in_proj.bias is not None:
+        for target, name in ((mixer.in_proj.bias[:inner], "v_proj.bias"), (mixer.o_proj.bias, "o_proj.bias")):
+            if name in attention:
+                target.copy_(repeated(attention[name]) if name == "v_proj.bias" else attention[name])
+    if config.linear_conv_kernel_dim:
+        mixer.conv1d.weight.zero_()[..., -1] = 1

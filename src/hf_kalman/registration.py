@@ -56,7 +56,7 @@ ARCHITECTURES = {
 }
 # Attention layers, GKA mixers and MLPs name their projections alike.
 _LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "g_proj", "gate_proj", "up_proj", "down_proj"]
-_KLA_LORA_TARGETS = ["in_proj", "sensor_proj", "out_proj"]
+_KLA_LORA_TARGETS = ["in_proj", "sensor_proj"]
 
 
 def register() -> None:

@@ -39,8 +39,8 @@ _MIXER = {
     "p_log": "process_noise_log",
     "obs_noise_bias": "observation_bias",
     "lambda_skip": "skip",
-    "out_proj.weight": "out_proj.weight",
-    "out_proj.bias": "out_proj.bias",
+    "out_proj.weight": "o_proj.weight",
+    "out_proj.bias": "o_proj.bias",
 }
 _TOP = {"embedding.weight": "model.embed_tokens.weight", "norm_f.weight": "model.norm.weight"}
 _NORMS = {"mixer_norm.weight": "input_layernorm.weight", "mlp_norm.weight": "post_attention_layernorm.weight"}

@@ -128,7 +128,7 @@ class KLAMixer(nn.Module):
             self.register_buffer(self.noise_name, torch.zeros(inner, states))
         if config.skip != "none":
             self.skip = nn.Parameter(torch.zeros(() if config.skip == "scalar" else inner))
-        self.out_proj = nn.Linear(inner, width, bias=bias)
+        self.o_proj = nn.Linear(inner, width, bias=bias)
 
     def dynamics(self) -> tuple[Tensor, Tensor]:
         """(decay, process noise variance) of one step, (M, S) each in at least float32."""
@@ -151,11 +151,26 @@ class KLAMixer(nn.Module):
         segments: Segments | None = None,
         past_key_values: Cache | None = None,
         output_uncertainty: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """(B, T, hidden) to the same and, where asked for, its posterior variance in float32.
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """(B, T, hidden) to the same, continuing from and writing to `past_key_values` when it is given.
 
-        Continues from and writes to `past_key_values` when it is given.
+        With `output_uncertainty` also the posterior variance of the output in float32.
         """
+        features, variance = self._read(hidden_states, segments, past_key_values, output_uncertainty)
+        output = self.o_proj(features)
+        if variance is None:
+            return output
+        return output, variance @ widen(self.o_proj.weight).square().T
+
+    def features(
+        self, hidden_states: Tensor, segments: Segments | None = None, past_key_values: Cache | None = None
+    ) -> tuple[Tensor, None]:
+        """What the output is linear in: (B, T, M) for `o_proj`."""
+        return self._read(hidden_states, segments, past_key_values, False)[0], None
+
+    def _read(
+        self, hidden_states: Tensor, segments: Segments | None, past_key_values: Cache | None, uncertain: bool
+    ) -> tuple[Tensor, Tensor | None]:
         config = self.config
         layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         inputs, gate = self.in_proj(hidden_states), None
@@ -169,11 +184,11 @@ class KLAMixer(nn.Module):
             layer.cumulative_length += hidden_states.shape[1]
         if config.skip != "none":
             output = output + self.skip.to(output.dtype) * inputs
-        output = self.out_proj(output if gate is None else output * gate)
-        if not output_uncertainty:
+        if gate is not None:
+            output = output * gate
+        if not uncertain:
             return output, None
-        variance = widen(variance) if gate is None else widen(variance) * widen(gate).square()
-        return output, variance @ widen(self.out_proj.weight).square().T
+        return output, widen(variance) if gate is None else widen(variance) * widen(gate).square()
 
     def _convolve(self, inputs: Tensor, segments: Segments | None, layer) -> Tensor:
         past = None if layer is None else layer.read(0)[0]
@@ -234,14 +249,11 @@ class KLADecoderLayer(DecoderLayer):
 
     def mix(self, hidden_states: Tensor, segments: Segments | None, past_key_values: Cache | None, collect) -> Tensor:
         """As in every family; `collect` gathers the posterior variance."""
-        output, variance = self.mixer(
-            hidden_states,
-            segments=segments,
-            past_key_values=past_key_values,
-            output_uncertainty=collect is not None,
-        )
-        if collect is not None:
-            collect.variances.append(variance)
+        arguments = {"segments": segments, "past_key_values": past_key_values}
+        if collect is None:
+            return self.mixer(hidden_states, **arguments)
+        output, variance = self.mixer(hidden_states, output_uncertainty=True, **arguments)
+        collect.variances.append(variance)
         return output
 
 
