@@ -23,7 +23,8 @@ QUIET = {"progress": False}
 
 def pair(layers=(1, 3), family="llama", **fields):
     source = teacher(family)
-    return source, swap_attention(source, layers=list(layers), **{**MIXER, **fields})
+    own = MIXER if fields.get("mixer", "gka") == "gka" else {"linear_state_size": 4}
+    return source, swap_attention(source, layers=list(layers), **{**own, **fields})
 
 
 def test_recursive_least_squares_is_least_squares():
@@ -93,9 +94,10 @@ def test_readout_is_what_the_output_is_linear_in(family):
     torch.testing.assert_close(mixer(hidden), readout.read(hidden) @ weight.T, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("mixer", ["gka", "kla"])
 @pytest.mark.parametrize("family", ["llama", "llama-bias-tied", "qwen3"])
-def test_rls_is_the_optimum_of_the_linear_part(family):
-    source, student = pair(family=family)
+def test_rls_is_the_optimum_of_the_linear_part(family, mixer):
+    source, student = pair(family=family, mixer=mixer)
     windows = tokens(6, 40)
     before = layer_errors(student, source, windows)
     heal_rls(student, source, windows, prior_tokens=1e-6, **QUIET)
@@ -132,8 +134,9 @@ def test_only_mixers_change():
     assert changed == {"o_proj.weight", "local_proj.weight"}
 
 
-def test_layerwise_lowers_the_error_that_least_squares_leaves(tmp_path):
-    source, student = pair()
+@pytest.mark.parametrize("mixer", ["gka", "kla"])
+def test_layerwise_lowers_the_error_that_least_squares_leaves(mixer, tmp_path):
+    source, student = pair(mixer=mixer)
     windows, held_out = tokens(40, 200), tokens(4, 200, seed=9)
     frozen = {n: p.clone() for n, p in student.state_dict().items() if ".mixer." not in n}
     _, filters = heal_rls(student, source, windows, **QUIET)

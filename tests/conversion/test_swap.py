@@ -10,11 +10,12 @@ from kalman_conversion.heal import layer_errors
 from kalman_conversion.verify import kept_weights_differ, verify
 
 
+@pytest.mark.parametrize("mixer", ["gka", "kla"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_swapping_no_layer_gives_the_same_bits(family):
+def test_swapping_no_layer_gives_the_same_bits(family, mixer):
     source, ids = teacher(family), tokens(2, 20)
-    student = swap_attention(source, layers="none")
-    assert type(student).__name__ == "GKAForCausalLM"
+    student = swap_attention(source, mixer, layers="none")
+    assert type(student).__name__ == f"{mixer.upper()}ForCausalLM"
     assert torch.equal(student(ids).logits, source(ids).logits)
     assert torch.equal(
         student.generate(ids, max_new_tokens=5, do_sample=False),
@@ -36,6 +37,35 @@ def test_swapped_model_keeps_every_other_weight_and_survives_saving(family, tmp_
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert torch.equal(loaded(ids).logits, student(ids).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_kla_mixer_starts_from_values_and_outputs(family, tmp_path):
+    source, ids = teacher(family), tokens(2, 20)
+    student = swap_attention(source, "kla", layers=[0, 2])
+    assert kept_weights_differ(student, source) == []
+    mixer, attention = student.model.layers[2].mixer, source.model.layers[2].self_attn
+    heads, width = source.config.num_attention_heads, attention.head_dim
+    assert mixer.config.linear_inner_size == heads * width
+    assert torch.equal(mixer.o_proj.weight, attention.o_proj.weight)
+    values = attention.v_proj(torch.ones(1, source.config.hidden_size)).view(-1, width)
+    expected = values.repeat_interleave(heads // len(values), dim=0).flatten()
+    torch.testing.assert_close(mixer.in_proj(torch.ones(1, source.config.hidden_size))[0, : heads * width], expected)
+    student.save_pretrained(tmp_path)
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert torch.equal(loaded(ids).logits, student(ids).logits)
+    again = swap_attention(tmp_path, "kla", layers=[1])
+    assert again.config.layer_types[:3] == ["linear_attention"] * 3
+    random = swap_attention(source, "kla", layers=[2], initialisation="reference").model.layers[2].mixer
+    assert not torch.equal(random.o_proj.weight, attention.o_proj.weight) and random.config.value_rank == "full"
+
+
+def test_mixers_of_both_families_do_not_mix_in_one_model():
+    with pytest.raises(ValueError, match=r"`model` must be of type .*kalman_kla, got 'kalman_gka'"):
+        swap_attention(swap_attention(teacher(), layers=[0]), "kla", layers=[1])
+    with pytest.raises(ValueError, match="but the mixer has 20; leave `linear_inner_size` out"):
+        swap_attention(teacher(), "kla", layers=[1], linear_inner_size=20)
 
 
 def test_from_a_folder_and_again_from_the_result(tmp_path):

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 import torch
-from tiny import HYBRID, tiny_model, tokens
+from tiny import HYBRID, KLA_HYBRID, tiny_model, tokens
 from transformers import AutoModelForCausalLM
 
 import hf_kalman
@@ -38,6 +38,7 @@ def test_report():
     assert f"hf_kalman {hf_kalman.__version__}" in out
     assert f"torch {torch.__version__}" in out
     assert "kalman_gka: GKAModel, GKAForCausalLM" in out
+    assert "kalman_kla: KLAModel, KLAForCausalLM" in out
     assert "gated_kalmanet: torch (" in out
 
 
@@ -55,8 +56,20 @@ def test_lora_finds_its_targets(tmp_path):
     assert again.generate(input_ids=ids, max_new_tokens=3, do_sample=False).shape == (2, 12)
 
 
-def test_sharding_plans_name_modules_that_exist():
-    model = tiny_model(HYBRID)
+def test_lora_finds_its_targets_in_kla_models():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_model(KLA_HYBRID), peft.LoraConfig(task_type="CAUSAL_LM", r=2))
+    trained = {n.split(".lora_")[0].split("layers.")[1] for n, p in model.named_parameters() if p.requires_grad}
+    assert {f"1.mixer.{n}" for n in ("in_proj", "sensor_proj", "o_proj")} | {"0.self_attn.k_proj"} <= trained
+    ids = tokens(2, 9)
+    model(ids, labels=ids).loss.backward()
+    adapted = model.eval()(ids).logits
+    torch.testing.assert_close(model.merge_and_unload()(ids).logits, adapted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kinds", [HYBRID, KLA_HYBRID], ids=["gka", "kla"])
+def test_sharding_plans_name_modules_that_exist(kinds):
+    model = tiny_model(kinds)
     names = {n for n, _ in model.model.named_modules()}
     for pattern in model.config.base_model_tp_plan:
         parts = pattern.split(".")
@@ -67,4 +80,6 @@ def test_sharding_plans_name_modules_that_exist():
 
 
 def test_auto_class_makes_a_model_from_a_configuration():
-    assert type(AutoModelForCausalLM.from_config(tiny_model().config)).__name__ == "GKAForCausalLM"
+    for kinds in (HYBRID, KLA_HYBRID):
+        model = AutoModelForCausalLM.from_config(tiny_model(kinds).config)
+        assert type(model).__name__ == f"{kinds.family.upper()}ForCausalLM"
