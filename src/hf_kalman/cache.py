@@ -7,12 +7,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
 
+from kalman_kernels import Segments
+
 __all__ = ["KalmanCacheLayer", "cache_bytes", "swap_cache_layers"]
+
+# Tokens after which a recording layer copies its state anew; a rollback reaches back at least so far.
+WINDOW = 64
+
+
+class _Stretch(NamedTuple):
+    """Calls since a copy of the state was taken: what a rollback starts from and runs again."""
+
+    conv_states: dict[int, Tensor | None]
+    recurrent_states: dict[int, Tensor | None]
+    filled: dict[int, bool]
+    length: int
+    calls: list[tuple[Tensor, Segments | None]]
+
+    @property
+    def tokens(self) -> int:
+        return sum(hidden.shape[1] for hidden, _ in self.calls)
 
 
 class KalmanCacheLayer(LinearAttentionLayer, CacheLayerMixin):
@@ -30,6 +52,8 @@ class KalmanCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
         self.keys = self.values = None
         self.cumulative_length = 0
+        self.stretches: list[_Stretch] = []
+        self.replay: Callable[[Tensor, Segments | None], None] | None = None
         # The first full-attention layer of the same cache. transformers 5.17 sizes the masks of attention layers
         # by the first layer that does not slide, whatever its kind.
         self.attention_layer: CacheLayerMixin | None = None
@@ -97,22 +121,94 @@ class KalmanCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         """-1: the state does not grow, there is no maximum."""
         return -1
 
+    def remember(
+        self, replay: Callable[[Tensor, Segments | None], None], hidden_states: Tensor, segments: Segments | None
+    ) -> None:
+        """Before a call: keep what a rollback needs. Does nothing unless `activate_past_recording` has been called.
+
+        Args:
+            replay: runs the mixer on given hidden states (B, T, hidden) and updates this layer.
+            hidden_states: of the call.
+            segments: of the call.
+        """
+        if not self.record_past:
+            return
+        if not self.stretches or self.stretches[-1].tokens >= WINDOW:
+
+            def copied(states):
+                return {slot: None if state is None else state.clone() for slot, state in states.items()}
+
+            self.stretches = self.stretches[-1:]
+            self.stretches.append(
+                _Stretch(
+                    copied(self.conv_states),
+                    copied(self.recurrent_states),
+                    dict(self.has_previous_state),
+                    self.cumulative_length,
+                    [],
+                )
+            )
+        self.replay = replay
+        self.stretches[-1].calls.append((hidden_states.detach(), segments))
+
     def crop(self, tokens_to_remove: int) -> None:
-        """A recurrent state cannot forget its last tokens.
+        """Forget the last tokens exactly: go back to a copied state and run the tokens that stay again.
+
+        Args:
+            tokens_to_remove: 0 or minus the number of tokens, as in the host's layers.
 
         Raises:
-            NotImplementedError: `tokens_to_remove` is not 0.
+            ValueError: it is positive.
+            NotImplementedError: more tokens than have been recorded, or recording is off.
         """
-        if tokens_to_remove != 0:
-            raise NotImplementedError(
-                f"KalmanCacheLayer: `crop` cannot remove tokens from a recurrent state, got {tokens_to_remove}; run "
-                "the shorter sequence again with a new cache."
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"KalmanCacheLayer: `crop` takes minus the number of tokens to remove, got {tokens_to_remove}."
             )
+        recorded = sum(stretch.tokens for stretch in self.stretches)
+        if -tokens_to_remove > recorded:
+            raise NotImplementedError(
+                f"KalmanCacheLayer: `crop` can remove the last {recorded} tokens, which have been recorded, got "
+                f"{tokens_to_remove}; call `activate_past_recording` before the tokens are read, or run the shorter "
+                "sequence again with a new cache."
+            )
+        replay = self.replay
+        if tokens_to_remove == 0 or replay is None:
+            return
+        while -tokens_to_remove > self.stretches[-1].tokens:
+            tokens_to_remove += self.stretches.pop().tokens
+        stretch = self.stretches.pop()
+        kept, calls = stretch.tokens + tokens_to_remove, []
+        for hidden_states, segments in stretch.calls:
+            if kept > 0:
+                cut = None
+                if segments is not None:
+                    cut = Segments(*(None if t is None else t[:, :kept] for t in segments))
+                calls.append((hidden_states[:, :kept], cut))
+            kept -= hidden_states.shape[1]
+        self._restore(stretch)
+        with torch.no_grad():
+            for call in calls:
+                # Each call is recorded again.
+                replay(*call)
+
+    def _restore(self, stretch: _Stretch) -> None:
+        """Take over a copied state, in place."""
+        for states, copies in (
+            (self.conv_states, stretch.conv_states),
+            (self.recurrent_states, stretch.recurrent_states),
+        ):
+            for slot, copy in copies.items():
+                if states[slot] is not None and copy is not None:
+                    states[slot].copy_(copy)
+        self.has_previous_state.update(stretch.filled)
+        self.cumulative_length = stretch.length
 
     def reset(self) -> None:
         """Forget everything and keep the memory."""
         LinearAttentionLayer.reset(self)
         self.cumulative_length = 0
+        self.stretches = []
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Select the states of the surviving beams."""
@@ -127,6 +223,8 @@ class KalmanCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         self._map(lambda state: state.repeat_interleave(repeats, dim=0))
 
     def _map(self, function) -> None:
+        # What was recorded belongs to the rows as they were.
+        self.stretches = []
         for states in (self.conv_states, self.recurrent_states):
             for slot, state in states.items():
                 if state is not None:

@@ -61,19 +61,71 @@ def test_batch_methods(family):
 @pytest.mark.parametrize("family", PURES)
 def test_reset_forgets_and_keeps_addresses(family):
     model, cache = filled(PURES[family])
-    addresses = [state.data_ptr() for state in cache.layers[0].recurrent_states.values() if state is not None]
+    addresses = pointers(cache)
     cache.reset()
     assert cache.get_seq_length() == 0
     ids = tokens(2, 5)
     torch.testing.assert_close(model(ids, past_key_values=cache).logits, model(ids).logits)
-    assert addresses == [s.data_ptr() for s in cache.layers[0].recurrent_states.values() if s is not None]
+    assert addresses == pointers(cache)
 
 
-def test_crop_raises_and_says_what_works():
-    _, cache = filled(PURE)
+def test_crop_beyond_what_was_recorded_raises_and_says_what_works():
+    model, cache = filled(PURE)
     cache.crop(0)
-    with pytest.raises(NotImplementedError, match="run the shorter sequence again"):
+    with pytest.raises(NotImplementedError, match="last 0 tokens, .*run the shorter sequence again"):
         cache.crop(-2)
+    cache.activate_past_recording()
+    model(tokens(2, 3), past_key_values=cache)
+    with pytest.raises(NotImplementedError, match="last 3 tokens, which have been recorded, got -4"):
+        cache.crop(-4)
+    with pytest.raises(ValueError, match="got 2"):
+        cache.layers[0].crop(2)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    with pytest.raises(NotImplementedError, match="last 0 tokens"):
+        cache.crop(-1)
+
+
+def pointers(cache):
+    return [s.data_ptr() for s in cache.layers[0].recurrent_states.values() if s is not None]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("calls", [(5,), (1, 1, 1, 1), (3, 1, 2), (70, 1, 4), (2, 66, 3)])
+def test_crop_goes_back_exactly(name, calls):
+    model, ids = tiny_model(SHAPES[name]), tokens(2, 100)
+    last = tokens(2, 4, seed=3)
+    for removed in sorted({1, 2, calls[-1], min(5, sum(calls)), sum(calls) - 1}):
+        with torch.no_grad():
+            cache = model(ids[:, :9], use_cache=True).past_key_values
+            cache.activate_past_recording()
+            end = 9
+            for count in calls:
+                model(ids[:, end : end + count], past_key_values=cache)
+                end += count
+            addresses = pointers(cache) if "pure" in name else []
+            cache.crop(-removed)
+            kept = ids[:, : end - removed]
+            assert cache.get_seq_length() == kept.shape[1]
+            found = model(last, past_key_values=cache).logits
+            # And a second time: what was run again has been recorded again.
+            cache.crop(-4)
+            again = model(last, past_key_values=cache).logits
+            expected = model(torch.cat([kept, last], 1)).logits[:, -4:]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(again, expected, rtol=1e-4, atol=2e-5)
+        if addresses:
+            assert addresses == pointers(cache)
+
+
+def test_a_recording_layer_forgets_what_is_old():
+    model, cache = filled(PURE)
+    cache.activate_past_recording()
+    for _ in range(200):
+        model(tokens(2, 1), past_key_values=cache)
+    recorded = sum(stretch.tokens for stretch in cache.layers[0].stretches)
+    assert 64 <= recorded <= 128
+    cache.crop(-64)
+    assert cache.get_seq_length() == 9 + 200 - 64
 
 
 def test_foreign_caches_are_refused():

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from tiny import OPENING, SHAPES, tiny_model, tokens
@@ -96,6 +98,33 @@ def test_left_padded_continuation_with_a_past():
     torch.testing.assert_close(together[:1, 2:], alone, rtol=1e-4, atol=2e-5)
 
 
-def test_assisted_decoding_is_refused_as_long_as_states_cannot_roll_back(model):
-    with pytest.raises(ValueError, match="stateful"):
-        model.generate(tokens(1, 9), prompt_lookup_num_tokens=3, **GREEDY)
+@pytest.mark.parametrize("lookup", [2, 5, 10])
+def test_prompt_lookup_is_greedy(model, lookup):
+    # A repetitive prompt, so that candidates are found, and partly accepted.
+    ids = tokens(1, 7).repeat(1, 4)
+    expected = model.generate(ids, do_sample=False, max_new_tokens=40)
+    assert torch.equal(
+        model.generate(ids, do_sample=False, max_new_tokens=40, prompt_lookup_num_tokens=lookup), expected
+    )
+
+
+@pytest.mark.parametrize("schedule", ["constant", "heuristic"])
+def test_assisted_decoding_is_greedy(model, schedule):
+    ids = tokens(1, 9)
+    expected = model.generate(ids, do_sample=False, max_new_tokens=40)
+    for draft in (model, tiny_model(SHAPES["kla pure"], seed=1), tiny_model(SHAPES["gka hybrid"], seed=2)):
+        draft = copy.deepcopy(draft)
+        draft.generation_config.num_assistant_tokens = 4
+        draft.generation_config.num_assistant_tokens_schedule = schedule
+        draft.generation_config.assistant_confidence_threshold = 0.0
+        found = model.generate(ids, do_sample=False, max_new_tokens=40, assistant_model=draft)
+        assert torch.equal(found, expected)
+
+
+def test_a_cache_continues_after_speculation(model):
+    ids = tokens(1, 7).repeat(1, 3)
+    out = model.generate(ids, prompt_lookup_num_tokens=4, return_dict_in_generate=True, **GREEDY)
+    more = torch.cat([out.sequences, tokens(1, 3, seed=4)], 1)
+    assert torch.equal(
+        model.generate(more, past_key_values=out.past_key_values, **GREEDY), model.generate(more, **GREEDY)
+    )

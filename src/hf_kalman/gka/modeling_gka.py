@@ -143,6 +143,12 @@ class GKAMixer(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """What the output is linear in: (B, T, H Dv) for `o_proj`, and (B, T, K Gv Dv) for `local_proj` or None."""
         layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        return self._features(hidden_states, segments, layer)
+
+    def _features(self, hidden_states: Tensor, segments: Segments | None, layer) -> tuple[Tensor, Tensor | None]:
+        """`features`, continuing from and writing to an entry of a cache."""
+        if layer is not None:
+            layer.remember(lambda hidden, cut: self._features(hidden, cut, layer), hidden_states, segments)
         if layer is not None and self._steps(hidden_states, segments, layer):
             return self._step(hidden_states, segments, layer)
         slots = [layer.read(slot) for slot in range(3)] if layer is not None else [(None, None)] * 3
@@ -326,7 +332,6 @@ class GKAPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _is_stateful = True
     _keep_in_fp32_modules_strict = ["A_log", "dt_bias"]
     _can_record_outputs = {"hidden_states": GKADecoderLayer, "attentions": DecoderAttention}
 

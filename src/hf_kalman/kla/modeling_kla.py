@@ -156,7 +156,8 @@ class KLAMixer(nn.Module):
 
         With `output_uncertainty` also the posterior variance of the output in float32.
         """
-        features, variance = self._read(hidden_states, segments, past_key_values, output_uncertainty)
+        layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        features, variance = self._read(hidden_states, segments, layer, output_uncertainty)
         output = self.o_proj(features)
         if variance is None:
             return output
@@ -166,13 +167,16 @@ class KLAMixer(nn.Module):
         self, hidden_states: Tensor, segments: Segments | None = None, past_key_values: Cache | None = None
     ) -> tuple[Tensor, None]:
         """What the output is linear in: (B, T, M) for `o_proj`."""
-        return self._read(hidden_states, segments, past_key_values, False)[0], None
+        layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        return self._read(hidden_states, segments, layer, False)[0], None
 
     def _read(
-        self, hidden_states: Tensor, segments: Segments | None, past_key_values: Cache | None, uncertain: bool
+        self, hidden_states: Tensor, segments: Segments | None, layer, uncertain: bool
     ) -> tuple[Tensor, Tensor | None]:
+        """Gated read-out and, where asked for, its variance (B, T, M); continues from and writes to a cache's entry."""
         config = self.config
-        layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        if layer is not None:
+            layer.remember(lambda hidden, cut: self._read(hidden, cut, layer, False), hidden_states, segments)
         inputs, gate = self.in_proj(hidden_states), None
         if config.use_output_gate:
             inputs, gate = inputs.chunk(2, dim=-1)
@@ -269,7 +273,6 @@ class KLAPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _is_stateful = True
     _keep_in_fp32_modules_strict = [
         "delta",
         "lambda_log",
