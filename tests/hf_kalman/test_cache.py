@@ -1,5 +1,7 @@
 import pytest
 import torch
+import transformers
+from packaging import version
 from tiny import HYBRID, HYBRIDS, KLA_HYBRID, PURE, PURES, SHAPES, tiny_config, tiny_model, tokens
 from transformers import DynamicCache
 
@@ -92,6 +94,8 @@ def pointers(cache):
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("calls", [(5,), (1, 1, 1, 1), (3, 1, 2), (70, 1, 4), (2, 66, 3)])
 def test_crop_goes_back_exactly(name, calls):
+    if "hybrid" in name and len(calls) > 1 and version.parse(transformers.__version__) < version.parse("5.23"):
+        pytest.skip("older sliding-window layers of the host record one call at a time")
     model, ids = tiny_model(SHAPES[name]), tokens(2, 100)
     last = tokens(2, 4, seed=3)
     for removed in sorted({1, 2, calls[-1], min(5, sum(calls)), sum(calls) - 1}):
