@@ -86,7 +86,7 @@ def test_gradcheck_of_the_reference():
 
 @pytest.mark.parametrize("prior", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("length", [1, 5, 8, 63, 130])
+@pytest.mark.parametrize("length", [1, 5, 8, 63, 130, 1000])
 def test_chunks_against_the_reference_with_every_gradient(length, kind, prior):
     inputs, segments = make_inputs(length), make_segments(kind, 2, length)
     options = {"segments": segments, "decode_from_prior": prior}
@@ -199,8 +199,9 @@ def test_compiles_without_a_graph_break_and_matches():
 
 def test_registered_operators_are_well_formed():
     inputs = [t.float().requires_grad_() for t in make_inputs(9)]
-    arguments = (*inputs[:6], None, None, *inputs[6:], False, True)
-    torch.library.opcheck(torch.ops.kalman_kernels.kla_chunked.default, arguments)
+    for spread in (False, True):
+        arguments = (*inputs[:6], None, None, *inputs[6:], False, True, spread)
+        torch.library.opcheck(torch.ops.kalman_kernels.kla_chunked.default, arguments)
 
 
 # 5. Does it refuse?
@@ -224,3 +225,18 @@ def test_refuses(change, message):
     inputs = [t.float() for t in make_inputs(6)]
     with pytest.raises(ValueError, match=message):
         kalman_linear_attention(**{**dict(zip(NAMES[:6], inputs[:6], strict=True)), **change})
+
+
+@pytest.mark.parametrize("implementation", ["reference", "torch"])
+@pytest.mark.parametrize("prior", [False, True])
+def test_without_variances_the_rest_is_the_same(implementation, prior):
+    results = []
+    for output_variance in (True, False):
+        leaves = [t.clone().requires_grad_() for t in make_inputs(20)]
+        mean, variance, state = call(
+            leaves, output_variance=output_variance, decode_from_prior=prior, implementation=implementation
+        )
+        assert (variance is None) != output_variance
+        scalar = mean.square().sum() + state.precision.sum()
+        results.append([mean, *torch.autograd.grad(scalar, leaves, materialize_grads=True)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -46,6 +46,30 @@ def test_float32(length, kind, prior, device, monkeypatch):
     assert {n: e for n, e in found.items() if not e <= 5e-6} == {}
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["plain", "packed+padded"])
+@pytest.mark.parametrize("length", [63, 130, 1000])
+def test_float32_at_lengths_of_its_own(length, kind):
+    inputs, segments = make_inputs(length, channels=40, states=16), make_segments(kind, 2, length)
+    found = compare(inputs, "cuda", segments=segments)
+    assert {n: e for n, e in found.items() if not e <= 5e-6} == {}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("prior", [False, True])
+def test_without_variances_the_rest_is_the_same(prior, device):
+    results = []
+    for output_variance in (True, False):
+        leaves = [t.float().to(device).requires_grad_() for t in make_inputs(9, **SMALL)]
+        mean, variance, state = call(
+            leaves, output_variance=output_variance, decode_from_prior=prior, implementation="triton"
+        )
+        assert (variance is None) != output_variance
+        scalar = mean.square().sum() + state.precision.sum()
+        results.append([mean, *torch.autograd.grad(scalar, leaves, materialize_grads=True)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype, device):
@@ -110,3 +134,12 @@ def test_more_states_than_the_kernels_hold_are_named():
     inputs = make_inputs(2, batch=1, channels=1, states=129, dtype=torch.float32)
     with pytest.raises(NotImplementedError, match="129"):
         call(inputs, implementation="triton")
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_registered_operators_are_well_formed(spread):
+    inputs = [t.float().requires_grad_() for t in make_inputs(5, **SMALL)]
+    operators = torch.ops.kalman_kernels
+    torch.library.opcheck(operators.kla_triton.default, (*inputs[:6], None, *inputs[6:], False, 64, spread))
+    plain = [t.detach() for t in inputs]
+    torch.library.opcheck(operators.kla_triton_step.default, (*plain[:6], None, *plain[6:], False, True, spread))

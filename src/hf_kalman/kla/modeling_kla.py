@@ -183,14 +183,14 @@ class KLAMixer(nn.Module):
             gate = F.silu(gate)
         if config.linear_conv_kernel_dim:
             inputs = self._convolve(inputs.contiguous(), segments, layer)
-        output, variance = self._filter(inputs, segments, layer)
+        output, variance = self._filter(inputs, segments, layer, uncertain)
         if layer is not None:
             layer.cumulative_length += hidden_states.shape[1]
         if config.skip != "none":
             output = output + self.skip.to(output.dtype) * inputs
         if gate is not None:
             output = output * gate
-        if not uncertain:
+        if variance is None:
             return output, None
         return output, widen(variance) if gate is None else widen(variance) * widen(gate).square()
 
@@ -204,12 +204,15 @@ class KLAMixer(nn.Module):
             layer.write(0, past, None)
         return inputs
 
-    def _filter(self, inputs: Tensor, segments: Segments | None, layer) -> tuple[Tensor, Tensor]:
-        """Read-out and its variance (B, T, M); reads and writes the belief of `layer`."""
+    def _filter(
+        self, inputs: Tensor, segments: Segments | None, layer, uncertain: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Read-out and, where asked for, its variance (B, T, M); reads and writes the belief of `layer`."""
         sensors = self._sensors(inputs)
         options = {
             "segments": segments,
             "decode_from_prior": self.config.decode_from_prior,
+            "output_variance": uncertain,
             "implementation": self.config.implementation,
         }
         information = None if layer is None else layer.read(1)[1]

@@ -37,8 +37,9 @@ def kalman_linear_attention(
     initial_state: KLAState | None = None,
     segments: Segments | None = None,
     decode_from_prior: bool = False,
+    output_variance: bool = True,
     implementation: Implementation = "auto",
-) -> tuple[Tensor, Tensor, KLAState]:
+) -> tuple[Tensor, Tensor | None, KLAState]:
     """M x S scalar Kalman filters in information form, read out at the query, with posterior variance.
 
         z_t = a z_{t-1} + N(0, p) ,   v_t = k_t z_t + N(0, 1 / L_t)                  a = decay, p = process_noise
@@ -59,12 +60,14 @@ def kalman_linear_attention(
         initial_state: belief before the first token, precision > 0; precision 1 and information 0 when None.
         segments: packed sequences (each starts from precision 1, information 0) and padding (nothing happens).
         decode_from_prior: read out what the filter expects of the next step, a mean and a^2 variance + p.
+        output_variance: whether variances are wanted; without them they cost nothing.
         implementation: "auto", "triton", "torch" (both parallel over chunks of time, with the hand-derived gradient) or
             "reference" (loop over time).
 
     Returns:
         `(mean, variance, final_state)`: (B, T, M) twice in the dtype of `value`, 0 at padding, and the belief after
-        the last token in float32 (float64 when `value` is float64). All are differentiable once.
+        the last token in float32 (float64 when `value` is float64). All are differentiable once. `variance` is None
+        without `output_variance`.
 
     Raises:
         ValueError: a shape does not fit.
@@ -82,8 +85,10 @@ def kalman_linear_attention(
         state = [None, None] if initial_state is None else [s.float().contiguous() for s in initial_state]
         keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*inputs, *state))
         kept = KEPT if keep else 0
-        mean, variance, precision, information, *_ = _triton_forward(*inputs, *state, decode_from_prior, kept)
-        return mean, variance, KLAState(precision, information)
+        mean, variance, precision, information, *_ = _triton_forward(
+            *inputs, *state, decode_from_prior, kept, output_variance
+        )
+        return mean, variance if output_variance else None, KLAState(precision, information)
     tensors = [*(t.to(dtype) for t in (value, value_precision, key, query)), decay, process_noise]
     if initial_state is None:
         precision = torch.ones(batch, channels, key.shape[-1], dtype=dtype, device=value.device)
@@ -97,7 +102,7 @@ def kalman_linear_attention(
             segments=segments,
             decode_from_prior=decode_from_prior,
         )
-        return mean.to(value.dtype), variance.to(value.dtype), state
+        return mean.to(value.dtype), variance.to(value.dtype) if output_variance else None, state
     segments = segments or Segments()
     reset, valid = (None if t is None else t.expand(batch, length) for t in segments)
     if valid is not None:
@@ -105,9 +110,10 @@ def kalman_linear_attention(
         tensors[:4] = [torch.where(valid[..., None], t, 0) for t in tensors[:4]]
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, precision, information))
     mean, variance, precision, information, *_ = _forward(
-        *tensors, reset, valid, precision, information, decode_from_prior, keep
+        *tensors, reset, valid, precision, information, decode_from_prior, keep, output_variance
     )
-    return mean.to(value.dtype), variance.to(value.dtype), KLAState(precision, information)
+    variance = variance.to(value.dtype) if output_variance else None
+    return mean.to(value.dtype), variance, KLAState(precision, information)
 
 
 def kalman_linear_attention_step(
@@ -121,10 +127,11 @@ def kalman_linear_attention_step(
     state: KLAState,
     segments: Segments | None = None,
     decode_from_prior: bool = False,
+    output_variance: bool = True,
     in_place: bool = False,
     every_state: bool = False,
     implementation: Implementation = "auto",
-) -> tuple[Tensor, Tensor, KLAState, KLAState | None]:
+) -> tuple[Tensor, Tensor | None, KLAState, KLAState | None]:
     """`kalman_linear_attention` for the next few tokens of a cached sequence, without gradients, in one launch.
 
     Args:
@@ -137,6 +144,7 @@ def kalman_linear_attention_step(
         state: the belief before the first of the tokens.
         segments: packed sequences and padding.
         decode_from_prior: read out what the filter expects of the next step.
+        output_variance: whether variances are wanted.
         in_place: overwrite the tensors of `state` with the new belief.
         every_state: also return the belief after each token, (T, B, M, S): what a rollback goes back to.
         implementation: "auto", "triton", "torch" or "reference".
@@ -160,8 +168,9 @@ def kalman_linear_attention_step(
         inputs = _triton_inputs(value, value_precision, key, query, decay, process_noise, segments)
         current = state if in_place else KLAState(*(s.clone() for s in state))
         mean, variance, *kept = _triton_step(
-            *inputs, current.precision, current.information, decode_from_prior, every_state
+            *inputs, current.precision, current.information, decode_from_prior, every_state, output_variance
         )
+        variance = variance if output_variance else None
         every = None
         if every_state:
             every = KLAState(*(torch.cat([k[1:], c[None]]) for k, c in zip(kept, current, strict=True)))
@@ -183,11 +192,14 @@ def kalman_linear_attention_step(
                 initial_state=current,
                 segments=Segments(*(None if t is None else t[:, here] for t in segments)),
                 decode_from_prior=decode_from_prior,
+                output_variance=output_variance,
                 implementation=implementation,
             )
             outputs.append(output)
             states.append(current)
-    mean, variance = (torch.cat(t, dim=1) for t in zip(*outputs, strict=True))
+    means, variances = zip(*outputs, strict=True)
+    mean = torch.cat(means, dim=1)
+    variance = torch.cat(variances, dim=1) if output_variance else None
     every = KLAState(*(torch.stack(t) for t in zip(*states, strict=True))) if every_state else None
     if in_place:
         for old, new in zip(state, current, strict=True):
@@ -279,10 +291,11 @@ def _forward(
     information: Tensor,
     prior: bool,
     keep: bool,
+    spread: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = Inputs(value, value_precision, key, query, decay, process_noise, reset, valid)
     with torch.autocast(value.device.type, enabled=False):
-        return kla_chunked_forward(inputs, precision, information, prior, keep)
+        return kla_chunked_forward(inputs, precision, information, prior, keep, spread)
 
 
 @torch.library.custom_op("kalman_kernels::kla_chunked_backward", mutates_args=())
@@ -315,8 +328,9 @@ def _backward(
 def _forward_fake(
     value, value_precision, key, query, decay, process_noise, reset, valid, precision, information, *rest
 ):
-    outputs = torch.empty_like(value), torch.empty_like(value), torch.empty_like(precision), torch.empty_like(precision)
-    if not rest[-1]:
+    variance = torch.empty_like(value) if rest[-1] else value.new_empty(0)
+    outputs = torch.empty_like(value), variance, torch.empty_like(precision), torch.empty_like(precision)
+    if not rest[-2]:
         return *outputs, precision.new_empty(0), precision.new_empty(0)
     kept = precision.new_empty(block_count(value, key.shape[-1]), *precision.shape)
     return *outputs, kept, torch.empty_like(kept)
@@ -329,14 +343,17 @@ def _backward_fake(value, value_precision, key, query, decay, process_noise, *re
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, _, _, prior, _ = inputs
+    *tensors, _, _, prior, _, _ = inputs
     ctx.prior = prior
     ctx.save_for_backward(*tensors, *output[4:])
 
 
 def _autograd_backward(ctx, *cotangents):
-    gradients = _backward(*ctx.saved_tensors, *(c.contiguous() for c in cotangents[:4]), ctx.prior)
-    return *gradients[:6], None, None, *gradients[6:], None, None
+    mean, variance, *states = (c.contiguous() for c in cotangents[:4])
+    if variance.numel() == 0:
+        variance = torch.zeros_like(mean)
+    gradients = _backward(*ctx.saved_tensors, mean, variance, *states, ctx.prior)
+    return *gradients[:6], None, None, *gradients[6:], None, None, None
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
@@ -355,9 +372,10 @@ def _triton_forward(
     information: Tensor | None,
     prior: bool,
     keep: int,
+    spread: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = TritonInputs(value, value_precision, key, query, decay, process_noise, marks)
-    return kla_triton_forward(inputs, precision, information, prior, keep)
+    return kla_triton_forward(inputs, precision, information, prior, keep, spread)
 
 
 @torch.library.custom_op("kalman_kernels::kla_triton_backward", mutates_args=())
@@ -372,7 +390,7 @@ def _triton_backward(
     precisions: Tensor,
     informations: Tensor,
     d_mean: Tensor,
-    d_variance: Tensor,
+    d_variance: Tensor | None,
     d_precision: Tensor,
     d_information: Tensor,
     prior: bool,
@@ -395,19 +413,21 @@ def _triton_step(
     information: Tensor,
     prior: bool,
     every: bool,
+    spread: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inputs = TritonInputs(value, value_precision, key, query, decay, process_noise, marks)
     state = precision, information
-    mean, variance, _, _, *kept = kla_triton_forward(inputs, *state, prior, int(every), final=state)
+    mean, variance, _, _, *kept = kla_triton_forward(inputs, *state, prior, int(every), spread, state)
     return mean, variance, kept[0], kept[1]
 
 
 @_triton_forward.register_fake
 def _triton_forward_fake(value, value_precision, key, query, decay, process_noise, marks, *rest):
     precision = decay.new_empty(value.shape[0], *decay.shape)
-    keep = rest[-1]
+    keep, spread = rest[-2:]
+    variance = torch.empty_like(value) if spread else value.new_empty(0)
     kept = precision.new_empty(-(-value.shape[1] // keep), *precision.shape) if keep else precision.new_empty(0)
-    outputs = torch.empty_like(value), torch.empty_like(value), precision, torch.empty_like(precision)
+    outputs = torch.empty_like(value), variance, precision, torch.empty_like(precision)
     return *outputs, kept, torch.empty_like(kept)
 
 
@@ -420,8 +440,10 @@ def _triton_backward_fake(value, value_precision, key, query, decay, process_noi
 
 @_triton_step.register_fake
 def _triton_step_fake(value, value_precision, key, query, decay, process_noise, marks, precision, *rest):
-    kept = precision.new_empty(value.shape[1], *precision.shape) if rest[-1] else precision.new_empty(0)
-    return torch.empty_like(value), torch.empty_like(value), kept, torch.empty_like(kept)
+    every, spread = rest[-2:]
+    kept = precision.new_empty(value.shape[1], *precision.shape) if every else precision.new_empty(0)
+    variance = torch.empty_like(value) if spread else value.new_empty(0)
+    return torch.empty_like(value), variance, kept, torch.empty_like(kept)
 
 
 def _triton_setup_context(ctx, inputs, output):
@@ -435,17 +457,15 @@ def _triton_setup_context(ctx, inputs, output):
 def _triton_autograd_backward(ctx, *cotangents):
     saved = ctx.saved_tensors
     state = saved[0].shape[0], *saved[4].shape
+    mean, variance, *states = cotangents[:4]
     cotangents = [
-        saved[4].new_zeros(state)
-        if i > 1 and c is None
-        else torch.zeros_like(saved[0])
-        if c is None
-        else c.contiguous()
-        for i, c in enumerate(cotangents[:4])
+        torch.zeros_like(saved[0]) if mean is None else mean.contiguous(),
+        None if variance is None or variance.numel() == 0 else variance.contiguous(),
+        *(saved[4].new_zeros(state) if c is None else c.contiguous() for c in states),
     ]
     gradients = _triton_backward(*saved, *cotangents, ctx.prior)
     states = gradients[6:] if ctx.has_state else (None, None)
-    return *gradients[:6], None, *states, None, None
+    return *gradients[:6], None, *states, None, None, None
 
 
 _triton_forward.register_autograd(_triton_autograd_backward, setup_context=_triton_setup_context)

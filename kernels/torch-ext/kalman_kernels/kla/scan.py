@@ -167,9 +167,9 @@ def _starts(block: _Block, inputs: Inputs, state: tuple[Tensor, Tensor]) -> tupl
 
 
 def kla_chunked_forward(
-    inputs: Inputs, precision: Tensor, information: Tensor, prior: bool, keep: bool
+    inputs: Inputs, precision: Tensor, information: Tensor, prior: bool, keep: bool, spread: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Means and variances (B, T, M), the final belief, and, when `keep`, the beliefs before each block."""
+    """Means, variances when `spread` (B, T, M), the final belief, and, when `keep`, the beliefs before each block."""
     length = inputs.value.shape[1]
     chunk, count = _plan(inputs.value, inputs.key.shape[-1])
     outputs, spreads, kept = [], [], ([], [])
@@ -185,18 +185,21 @@ def kla_chunked_forward(
             *_, after, after_information = _advance(step, inputs, *belief)
             variance = 1 / after
             mean = after_information * variance
-            if prior:
-                mean = inputs.decay * mean
-                variance = inputs.decay * inputs.decay * variance + inputs.process_noise
-            means.append((step.query * mean).sum(-1))
-            variances.append((step.query * step.query * variance).sum(-1))
+            means.append((step.query * (inputs.decay * mean if prior else mean)).sum(-1))
+            if spread:
+                if prior:
+                    variance = inputs.decay * inputs.decay * variance + inputs.process_noise
+                variances.append((step.query * step.query * variance).sum(-1))
             belief = _keep(step, after, belief[0]), _keep(step, after_information, belief[1])
         precision, information = belief[0][:, -1], belief[1][:, -1]
         outputs.append(torch.stack(means, dim=2).flatten(1, 2)[:, : stop - start])
-        spreads.append(torch.stack(variances, dim=2).flatten(1, 2)[:, : stop - start])
-    mean, variance = torch.cat(outputs, dim=1), torch.cat(spreads, dim=1)
+        if spread:
+            spreads.append(torch.stack(variances, dim=2).flatten(1, 2)[:, : stop - start])
+    mean = torch.cat(outputs, dim=1)
+    variance = torch.cat(spreads, dim=1) if spread else mean.new_empty(0)
     if inputs.valid is not None:
-        mean, variance = (torch.where(inputs.valid[..., None], t, 0) for t in (mean, variance))
+        mean = torch.where(inputs.valid[..., None], mean, 0)
+        variance = torch.where(inputs.valid[..., None], variance, 0) if spread else variance
     # An operator may not return its inputs.
     precision, information = precision.clone(), information.clone()
     if not keep:

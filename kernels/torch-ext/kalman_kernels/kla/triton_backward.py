@@ -72,6 +72,7 @@ def adjoint_kernel(
     MAPS: tl.constexpr,
     MARKED: tl.constexpr,
     PRIOR: tl.constexpr,
+    SPREAD: tl.constexpr,
     STEPS: tl.constexpr,
     BS: tl.constexpr,
     BM: tl.constexpr,
@@ -136,14 +137,16 @@ def adjoint_kernel(
                 v, weight, k = next_v, next_weight, next_k
         q = load_states(query, row, at + STEPS - 1, state, length, states, last)
         dy = load_channels(d_mean, row, at + STEPS - 1, channel, length, channels, last)
-        ds = load_channels(d_variance, row, at + STEPS - 1, channel, length, channels, last)
+        if SPREAD:
+            ds = load_channels(d_variance, row, at + STEPS - 1, channel, length, channels, last)
         for back in tl.static_range(STEPS):
             token = at + STEPS - 1 - back
             if back < STEPS - 1:
                 # The token before is under way while this one is worked on.
                 next_q = load_states(query, row, token - 1, state, length, states, last)
                 next_dy = load_channels(d_mean, row, token - 1, channel, length, channels, last)
-                next_ds = load_channels(d_variance, row, token - 1, channel, length, channels, last)
+                if SPREAD:
+                    next_ds = load_channels(d_variance, row, token - 1, channel, length, channels, last)
                 next_v = load_channels(value, row, token - 1, channel, length, channels, last)
                 next_weight = load_channels(observed, row, token - 1, channel, length, channels, last)
                 next_k = load_states(key, row, token - 1, state, length, states, last)
@@ -156,22 +159,32 @@ def adjoint_kernel(
                 old_lam = tl.where(resets, 1.0, old_lam)
                 old_eta = tl.where(resets, 0.0, old_eta)
                 valid = valid & (mark < 2)
-                dy, ds = tl.where(valid, dy, 0.0), tl.where(valid, ds, 0.0)
+                dy = tl.where(valid, dy, 0.0)
+                if SPREAD:
+                    ds = tl.where(valid, ds, 0.0)
             variance = reciprocal(lam)
             mean = eta * variance
             by_mean = q[:, None] * dy[None, :]
-            by_variance = (q * q)[:, None] * ds[None, :]
-            shown, spread = mean, variance
+            shown = mean
             if PRIOR:
                 if not MAPS:
-                    by_decay += by_mean * mean + 2.0 * a * by_variance * variance
-                    by_noise += by_variance
-                shown, spread = a * mean, squared * variance + p
-                by_mean, by_variance = a * by_mean, squared * by_variance
+                    by_decay += by_mean * mean
+                shown = a * mean
+                by_mean = a * by_mean
             inverse = reciprocal(squared + p * old_lam)
             gain = a * inverse
             mu_here = mu + by_mean * variance
-            nu_here = nu - (by_mean * mean + by_variance * variance) * variance
+            nu_here = nu - by_mean * mean * variance
+            if SPREAD:
+                by_variance = (q * q)[:, None] * ds[None, :]
+                spread = variance
+                if PRIOR:
+                    if not MAPS:
+                        by_decay += 2.0 * a * by_variance * variance
+                        by_noise += by_variance
+                    spread = squared * variance + p
+                    by_variance = squared * by_variance
+                nu_here -= by_variance * variance * variance
             through = p * gain * inverse * old_eta
             before_mu = gain * mu_here
             before_nu = gain * gain * nu_here - through * mu_here
@@ -188,7 +201,10 @@ def adjoint_kernel(
                 dv = weight * along
                 dw = tl.sum(nu_here * (k * k)[:, None], 0) + v * along
                 dk = tl.sum(weight[None, :] * (2.0 * k[:, None] * nu_here + v[None, :] * mu_here), 1)
-                dq = tl.sum(dy[None, :] * shown + 2.0 * q[:, None] * ds[None, :] * spread, 1)
+                shown = dy[None, :] * shown
+                if SPREAD:
+                    shown += 2.0 * q[:, None] * ds[None, :] * spread
+                dq = tl.sum(shown, 1)
                 forward, moved = nu_here * old_lam, mu_here * old_eta
                 by_decay += moved * (inverse - 2.0 * gain * gain) - 2.0 * a * forward * inverse * inverse
                 by_noise -= old_lam * inverse * inverse * (forward + a * moved)
@@ -205,7 +221,9 @@ def adjoint_kernel(
                 before_nu = tl.where(resets, 0.0, before_nu)
             mu, nu = tl.where(valid, before_mu, mu), tl.where(valid, before_nu, nu)
             if back < STEPS - 1:
-                v, weight, k, q, dy, ds = next_v, next_weight, next_k, next_q, next_dy, next_ds
+                v, weight, k, q, dy = next_v, next_weight, next_k, next_q, next_dy
+                if SPREAD:
+                    ds = next_ds
     if MAPS:
         tl.store(leaving + line, mu, mask=inside)
         tl.store(leaving + plane + line, nu, mask=inside)
@@ -243,7 +261,7 @@ def kla_triton_backward(
     inputs: TritonInputs,
     kept: tuple[Tensor, Tensor],
     d_mean: Tensor,
-    d_variance: Tensor,
+    d_variance: Tensor | None,
     d_precision: Tensor,
     d_information: Tensor,
     prior: bool,
@@ -263,6 +281,7 @@ def kla_triton_backward(
     options = {
         "MARKED": inputs.marks is not None,
         "PRIOR": prior,
+        "SPREAD": d_variance is not None,
         "STEPS": CHECKPOINT,
         "BS": rows,
         "BM": width,
@@ -280,7 +299,7 @@ def kla_triton_backward(
         arriving = carried[:, None]
         sizes = (length, begin, end, span, batch, channels, states)
         near = beliefs(inputs, kept, begin, end, prior)
-        known = (*inputs[:6], marks, *near, d_mean, d_variance)
+        known = (*inputs[:6], marks, *near, d_mean, d_mean if d_variance is None else d_variance)
         if spans > 1:
             maps = torch.empty(4, spans - 1, *shape, **new)
             adjoint_kernel[(programs * (spans - 1),)](*known, maps, maps, *[maps] * 6, *sizes, MAPS=True, **options)

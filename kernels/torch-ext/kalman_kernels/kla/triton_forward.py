@@ -111,6 +111,7 @@ def walk_kernel(
     RESUME: tl.constexpr,
     MARKED: tl.constexpr,
     PRIOR: tl.constexpr,
+    SPREAD: tl.constexpr,
     KEEP: tl.constexpr,
     STEPS: tl.constexpr,
     BS: tl.constexpr,
@@ -171,12 +172,15 @@ def walk_kernel(
                     mean = a * mean
                     variance = squared * variance + p
                 y = tl.sum(q[:, None] * mean, 0)
-                spread = tl.sum((q * q)[:, None] * variance, 0)
                 if MARKED:
-                    y, spread = tl.where(mark < 2, y, 0.0), tl.where(mark < 2, spread, 0.0)
+                    y = tl.where(mark < 2, y, 0.0)
                 place = (long(row) * length + token) * channels + channel
                 tl.store(mean_out + place, y.to(mean_out.dtype.element_ty), mask=channel < channels)
-                tl.store(variance_out + place, spread.to(variance_out.dtype.element_ty), mask=channel < channels)
+                if SPREAD:
+                    spread = tl.sum((q * q)[:, None] * variance, 0)
+                    if MARKED:
+                        spread = tl.where(mark < 2, spread, 0.0)
+                    tl.store(variance_out + place, spread.to(variance_out.dtype.element_ty), mask=channel < channels)
             if MARKED:
                 lam, eta = tl.where(mark < 2, lam, old_lam), tl.where(mark < 2, eta, old_eta)
             v, weight, k, q = next_v, next_weight, next_k, next_q
@@ -316,10 +320,12 @@ def kla_triton_forward(
     information: Tensor | None,
     prior: bool,
     keep: int,
+    spread: bool = True,
     final: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Means and variances (B, T, M) in the dtype of the value, the final belief in float32, and kept beliefs.
 
+    Without `spread` no variances: an empty tensor.
     Kept are the beliefs before every `keep`-th token (chunks, B, M, S), none when 0; `keep` divides KEPT. `final`
     are buffers for the final belief, with up to SPAN tokens also those of `precision` and `information` themselves.
     """
@@ -356,7 +362,8 @@ def kla_triton_forward(
         )
         starts = list(beliefs)
         del maps
-    mean, variance = torch.empty_like(inputs.value), torch.empty_like(inputs.value)
+    mean = torch.empty_like(inputs.value)
+    variance = torch.empty_like(inputs.value) if spread else inputs.value.new_empty(0)
     kept = [torch.empty(*((-(-length // keep), *shape) if keep else (0,)), **new) for _ in range(2)]
     ends = final if final is not None else (torch.empty(shape, **new), torch.empty(shape, **new))
     walk_kernel[(programs * spans,)](
@@ -374,6 +381,7 @@ def kla_triton_forward(
         HAS_STATE=starts[0] is not None,
         RESUME=0,
         PRIOR=prior,
+        SPREAD=spread,
         KEEP=keep > 0,
         STEPS=keep or KEPT,
         **options,
@@ -410,6 +418,7 @@ def beliefs(
         HAS_STATE=True,
         RESUME=KEPT,
         PRIOR=prior,
+        SPREAD=False,
         KEEP=True,
         STEPS=CHECKPOINT,
         MARKED=inputs.marks is not None,
