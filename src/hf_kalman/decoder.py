@@ -133,11 +133,11 @@ class DecoderLayer(GradientCheckpointingLayer):
         **kwargs,
     ) -> Tensor:
         """(B, T, hidden) to the same. `attention_mask` is a mask for attention layers, `Segments` for mixers."""
-        collect = kwargs.pop("collect", None)
+        options = kwargs.pop("mixer_options", None) or {}
         residual = hidden_states
         hidden_states = self.input_layernorm(hidden_states)
         if self.layer_type == "linear_attention":
-            hidden_states = self.mix(hidden_states, attention_mask, past_key_values, collect)
+            hidden_states = self.mix(hidden_states, attention_mask, past_key_values, **options)
         else:
             hidden_states, _ = self.self_attn(
                 hidden_states,
@@ -149,13 +149,13 @@ class DecoderLayer(GradientCheckpointingLayer):
                 **kwargs,
             )
         hidden_states = residual + hidden_states
-        if collect is not None:
-            collect.before_mlp = hidden_states
+        if options.get("collect") is not None:
+            options["collect"].before_mlp = hidden_states
         return self.feed_forward(hidden_states)
 
-    def mix(self, hidden_states: Tensor, segments: Segments | None, past_key_values: Cache | None, collect) -> Tensor:
-        """The family's mixer. `collect` gathers what a family reports beside its output, None for nothing."""
-        return self.mixer(hidden_states, segments=segments, past_key_values=past_key_values)
+    def mix(self, hidden_states: Tensor, segments: Segments | None, past_key_values: Cache | None, **options) -> Tensor:
+        """The family's mixer; `options` are the `mixer_options` of the call."""
+        return self.mixer(hidden_states, segments=segments, past_key_values=past_key_values, **options)
 
     def feed_forward(self, hidden_states: Tensor) -> Tensor:
         """The second half of the layer: x + mlp(norm(x))."""

@@ -69,6 +69,27 @@ def test_meta_device_initialisation_covers_every_weight(tmp_path):
     assert [n for n, p in model.named_parameters() if not torch.isfinite(p).all()] == []
 
 
+def test_solver_iterations_of_one_call_and_of_all():
+    model, ids = tiny_model(solver="chebyshev", solver_iterations=30), tokens(1, 30)
+    model.generation_config.eos_token_id = None
+    options = {"do_sample": False, "max_new_tokens": 8}
+    with torch.no_grad():
+        usual, two = model(ids).logits, model(ids, solver_iterations=2).logits
+        assert torch.equal(model(ids).logits, usual) and not torch.equal(two, usual)
+        generated = model.generate(ids, solver_iterations=2, **options)
+        cached = model(ids[:, :20], use_cache=True, solver_iterations=2).past_key_values
+        later = model(ids[:, 20:], past_key_values=cached, solver_iterations=2).logits
+        torch.testing.assert_close(later, two[:, 20:], rtol=1e-4, atol=2e-5)
+        model.set_solver_iterations(2)
+        assert torch.equal(model(ids).logits, two) and model.config.solver_iterations == 2
+        assert torch.equal(model.generate(ids, **options), generated)
+    for wrong in (-1, 2.5, True):
+        with pytest.raises(ValueError, match=f"`solver_iterations` must be an integer >= 0, got {wrong}"):
+            model(ids, solver_iterations=wrong)
+        with pytest.raises(ValueError, match="`solver_iterations` must be"):
+            model.set_solver_iterations(wrong)
+
+
 def test_solver_can_change_without_reloading():
     model, ids = tiny_model(solver="chebyshev", solver_iterations=30), tokens(1, 30)
     with torch.no_grad():

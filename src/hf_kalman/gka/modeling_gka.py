@@ -131,26 +131,42 @@ class GKAMixer(nn.Module):
         return GKASolver(config.solver, config.solver_iterations, config.ridge_ratio, config.ridge_gradient)
 
     def forward(
-        self, hidden_states: Tensor, segments: Segments | None = None, past_key_values: Cache | None = None
+        self,
+        hidden_states: Tensor,
+        segments: Segments | None = None,
+        past_key_values: Cache | None = None,
+        solver_iterations: int | None = None,
     ) -> Tensor:
-        """(B, T, hidden) to the same, continuing from and writing to `past_key_values` when it is given."""
-        features, local = self.features(hidden_states, segments, past_key_values)
+        """(B, T, hidden) to the same, continuing from and writing to `past_key_values` when it is given.
+
+        `solver_iterations` overrides the configuration's for this call.
+        """
+        features, local = self.features(hidden_states, segments, past_key_values, solver_iterations)
         output = self.o_proj(features)
         return output if local is None else output + self.local_proj(local)
 
     def features(
-        self, hidden_states: Tensor, segments: Segments | None = None, past_key_values: Cache | None = None
+        self,
+        hidden_states: Tensor,
+        segments: Segments | None = None,
+        past_key_values: Cache | None = None,
+        solver_iterations: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """What the output is linear in: (B, T, H Dv) for `o_proj`, and (B, T, K Gv Dv) for `local_proj` or None."""
         layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        return self._features(hidden_states, segments, layer)
+        solver = self.solver
+        if solver_iterations is not None:
+            solver = solver._replace(iterations=solver_iterations)
+        return self._features(hidden_states, segments, layer, solver)
 
-    def _features(self, hidden_states: Tensor, segments: Segments | None, layer) -> tuple[Tensor, Tensor | None]:
+    def _features(
+        self, hidden_states: Tensor, segments: Segments | None, layer, solver: GKASolver
+    ) -> tuple[Tensor, Tensor | None]:
         """`features`, continuing from and writing to an entry of a cache."""
         if layer is not None:
-            layer.remember(lambda hidden, cut: self._features(hidden, cut, layer), hidden_states, segments)
-        if layer is not None and self._steps(hidden_states, segments, layer):
-            return self._step(hidden_states, segments, layer)
+            layer.remember(lambda hidden, cut: self._features(hidden, cut, layer, solver), hidden_states, segments)
+        if layer is not None and self._steps(hidden_states, segments, layer, solver):
+            return self._step(hidden_states, segments, layer, solver)
         slots = [layer.read(slot) for slot in range(3)] if layer is not None else [(None, None)] * 3
         if torch.is_grad_enabled():
             # The cache is overwritten in place, and the backward pass wants what was read.
@@ -182,7 +198,7 @@ class GKAMixer(nn.Module):
             torch.sigmoid(self.alpha_proj(hidden_states)) if self.config.use_solution_mix else None,
             key_log_decay=key_log_decay,
             input_gate=torch.sigmoid(self.b_proj(hidden_states)) + EPSILON if self.config.use_input_gate else None,
-            solver=self.solver,
+            solver=solver,
             scale=None if self.config.scale_output else 1.0,
             initial_state=None if gram is None else GKAState(gram, value_key),
             segments=segments,
@@ -196,7 +212,7 @@ class GKAMixer(nn.Module):
         gate = self.g_proj(hidden_states).view_as(outputs) if self.config.use_output_gate else None
         return self.o_norm(outputs, gate, self.config.implementation).flatten(-2), local
 
-    def _steps(self, hidden_states: Tensor, segments: Segments | None, layer) -> bool:
+    def _steps(self, hidden_states: Tensor, segments: Segments | None, layer, solver: GKASolver) -> bool:
         """Whether the fused step serves this call: one new token, or a few unpadded ones without `local_proj`."""
         config = self.config
         length, widths = hidden_states.shape[1], (config.linear_key_head_dim, config.linear_value_head_dim)
@@ -206,10 +222,12 @@ class GKAMixer(nn.Module):
             and (length == 1 or not (config.use_local_values or segments is not None))
             and (segments is None or segments.reset is None)
             and all(layer.has_previous_state[slot] for slot in range(2))
-            and serves_mixer_step(hidden_states, *widths, length, self.solver, config.implementation)
+            and serves_mixer_step(hidden_states, *widths, length, solver, config.implementation)
         )
 
-    def _step(self, hidden_states: Tensor, segments: Segments | None, layer) -> tuple[Tensor, Tensor | None]:
+    def _step(
+        self, hidden_states: Tensor, segments: Segments | None, layer, solver: GKASolver
+    ) -> tuple[Tensor, Tensor | None]:
         """`features` through one fused operator, states replaced in place."""
         config = self.config
         key_dim, value_dim = config.linear_key_head_dim, config.linear_value_head_dim
@@ -246,7 +264,7 @@ class GKAMixer(nn.Module):
             key_dim**-0.5 if config.scale_output else 1.0,
             config.rms_norm_eps,
         )
-        outputs = gka_mixer_step(inputs, self.solver, options)
+        outputs = gka_mixer_step(inputs, solver, options)
         layer.cumulative_length += hidden_states.shape[1]
         return outputs.flatten(-2), local
 
@@ -320,6 +338,11 @@ class GKADecoderLayer(DecoderLayer):
     mixer_class = GKAMixer
 
 
+def _check_iterations(solver_iterations: int) -> None:
+    if isinstance(solver_iterations, bool) or not isinstance(solver_iterations, int) or solver_iterations < 0:
+        raise ValueError(f"`solver_iterations` must be an integer >= 0, got {solver_iterations!r}.")
+
+
 class GKAPreTrainedModel(PreTrainedModel):
     """Weight initialisation, loading and the host's feature flags."""
 
@@ -327,13 +350,22 @@ class GKAPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["GKADecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "mixer_options"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _keep_in_fp32_modules_strict = ["A_log", "dt_bias"]
     _can_record_outputs = {"hidden_states": GKADecoderLayer, "attentions": DecoderAttention}
+
+    def set_solver_iterations(self, solver_iterations: int) -> None:
+        """Change the iterations of every mixer's solver from now on, without reloading; `save_pretrained` keeps it.
+
+        Raises:
+            ValueError: it is negative.
+        """
+        _check_iterations(solver_iterations)
+        self.config.solver_iterations = solver_iterations
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -385,13 +417,21 @@ class GKAModel(GKAPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        solver_iterations: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """Arguments as in every decoder of the host library.
 
         `attention_mask` is a (B, past + T) padding mask, None, or a dict with one mask per kind of layer. Packed rows
         are given by `cu_seq_lens_q`, `seq_idx` or restarting `position_ids`. Any number of tokens may follow a past.
+        `solver_iterations` overrides the configuration's for this call: test-time compute.
+
+        Raises:
+            ValueError: `solver_iterations` is negative.
         """
+        if solver_iterations is not None:
+            _check_iterations(solver_iterations)
+            kwargs["mixer_options"] = {"solver_iterations": solver_iterations}
         return run_decoder(
             self, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **kwargs
         )
@@ -423,9 +463,13 @@ class GKAForCausalLM(GKAPreTrainedModel, DecoderGenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        solver_iterations: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
-        """Arguments as in `GKAModel.forward`; `labels` (B, T) are shifted inside, -100 is ignored."""
+        """Arguments as in `GKAModel.forward`; `labels` (B, T) are shifted inside, -100 is ignored.
+
+        `generate`, too, takes `solver_iterations`.
+        """
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -433,6 +477,7 @@ class GKAForCausalLM(GKAPreTrainedModel, DecoderGenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            solver_iterations=solver_iterations,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

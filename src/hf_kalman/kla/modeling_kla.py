@@ -254,7 +254,9 @@ class KLADecoderLayer(DecoderLayer):
 
     mixer_class = KLAMixer
 
-    def mix(self, hidden_states: Tensor, segments: Segments | None, past_key_values: Cache | None, collect) -> Tensor:
+    def mix(
+        self, hidden_states: Tensor, segments: Segments | None, past_key_values: Cache | None, collect=None
+    ) -> Tensor:
         """As in every family; `collect` gathers the posterior variance."""
         arguments = {"segments": segments, "past_key_values": past_key_values}
         if collect is None:
@@ -271,7 +273,7 @@ class KLAPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["KLADecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values", "collect"]
+    _skip_keys_device_placement = ["past_key_values", "mixer_options"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -342,9 +344,10 @@ class KLAModel(KLAPreTrainedModel):
         are given by `cu_seq_lens_q`, `seq_idx` or restarting `position_ids`. Any number of tokens may follow a past.
         `output_uncertainty` returns the posterior variance of every KLA layer and token as `uncertainties`.
         """
-        collect = kwargs.get("collect")
+        collect = (kwargs.get("mixer_options") or {}).get("collect")
         if output_uncertainty and collect is None:
-            collect = kwargs["collect"] = _Collected()
+            collect = _Collected()
+            kwargs["mixer_options"] = {"collect": collect}
         outputs = run_decoder(
             self, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **kwargs
         )
@@ -405,8 +408,9 @@ class KLAForCausalLM(KLAPreTrainedModel, DecoderGenerationMixin):
                 f"`marginal_samples={marginal_samples}` needs a KLA layer as the last one, got "
                 f"{self.config.layer_types[-1]!r}; use marginal_samples=0."
             )
+        collected = _Collected()
         if marginal_samples:
-            kwargs["collect"] = _Collected()
+            kwargs["mixer_options"] = {"collect": collected}
         outputs: KLAModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -420,11 +424,12 @@ class KLAForCausalLM(KLAPreTrainedModel, DecoderGenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         entropy = None
         if marginal_samples:
-            logits, entropy = self._marginal(kwargs.pop("collect"), kept, marginal_samples)
+            logits, entropy = self._marginal(collected, kept, marginal_samples)
         else:
             logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
         loss = None
         if labels is not None:
+            kwargs.pop("mixer_options", None)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return KLACausalLMOutputWithPast(
             loss=loss,
