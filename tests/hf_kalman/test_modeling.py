@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    DataCollatorWithFlattening,
 )
 
 BOTH = pytest.mark.parametrize("family", ["gka", "kla"])
@@ -112,6 +113,29 @@ def test_packing_isolates(way, family):
         packed = model(ids, use_cache=False, **arguments).logits
         separate = torch.cat([model(part).logits for part in parts], 1)
     torch.testing.assert_close(packed, separate, rtol=1e-4, atol=2e-5)
+
+
+@BOTH
+def test_flattened_training_has_the_losses_and_gradients_of_single_rows(family):
+    model = tiny_model(HYBRIDS[family])
+    parts = [tokens(1, n, seed=n)[0].tolist() for n in (7, 1, 12, 9)]
+    batch = DataCollatorWithFlattening(return_tensors="pt")([{"input_ids": part} for part in parts])
+    packed = model(**batch, use_cache=False).loss
+    packed.backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    count = sum(len(part) - 1 for part in parts)
+    total = 0.0
+    for part in parts:
+        ids = torch.tensor([part])
+        if len(part) > 1:
+            loss = model(ids, labels=ids, use_cache=False).loss * (len(part) - 1) / count
+            loss.backward()
+            total += loss.item()
+    assert abs(packed.item() - total) < 1e-5
+    for name, parameter in model.named_parameters():
+        error = (parameter.grad - gradients[name]).norm()
+        assert error <= 1e-4 * parameter.grad.norm() + 1e-6, name
 
 
 @BOTH
