@@ -23,6 +23,12 @@ __all__ = ["KalmanCacheLayer", "cache_bytes", "swap_cache_layers"]
 WINDOW = 64
 
 
+class SingleLayer(NamedTuple):
+    """As much of a cache as one mixer looks at."""
+
+    layers: dict[int, KalmanCacheLayer]
+
+
 class _Stretch(NamedTuple):
     """Calls since a copy of the state was taken: what a rollback starts from and runs again."""
 
@@ -53,7 +59,8 @@ class KalmanCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         self.keys = self.values = None
         self.cumulative_length = 0
         self.stretches: list[_Stretch] = []
-        self.replay: Callable[[Tensor, Segments | None], None] | None = None
+        self.layer_idx = -1
+        self.replay: Callable[[SingleLayer, Tensor, Segments | None], object] | None = None
         # The first full-attention layer of the same cache. transformers 5.17 sizes the masks of attention layers
         # by the first layer that does not slide, whatever its kind.
         self.attention_layer: CacheLayerMixin | None = None
@@ -122,12 +129,18 @@ class KalmanCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         return -1
 
     def remember(
-        self, replay: Callable[[Tensor, Segments | None], None], hidden_states: Tensor, segments: Segments | None
+        self,
+        replay: Callable[[SingleLayer, Tensor, Segments | None], object],
+        layer_idx: int,
+        hidden_states: Tensor,
+        segments: Segments | None,
     ) -> None:
         """Before a call: keep what a rollback needs. Does nothing unless `activate_past_recording` has been called.
 
         Args:
-            replay: runs the mixer on given hidden states (B, T, hidden) and updates this layer.
+            replay: runs the mixer on hidden states (B, T, hidden) with the cache that it is given. A plain function, so
+                that a deep copy of the cache neither copies the mixer nor writes into the original.
+            layer_idx: the mixer's index.
             hidden_states: of the call.
             segments: of the call.
         """
@@ -148,7 +161,7 @@ class KalmanCacheLayer(LinearAttentionLayer, CacheLayerMixin):
                     [],
                 )
             )
-        self.replay = replay
+        self.replay, self.layer_idx = replay, layer_idx
         self.stretches[-1].calls.append((hidden_states.detach(), segments))
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -190,7 +203,7 @@ class KalmanCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         with torch.no_grad():
             for call in calls:
                 # Each call is recorded again.
-                replay(*call)
+                replay(SingleLayer({self.layer_idx: self}), *call)
 
     def _restore(self, stretch: _Stretch) -> None:
         """Take over a copied state, in place."""

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 import transformers
@@ -119,6 +121,22 @@ def test_crop_goes_back_exactly(name, calls):
         torch.testing.assert_close(again, expected, rtol=1e-4, atol=2e-5)
         if addresses:
             assert addresses == pointers(cache)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_copied_cache_goes_back_on_its_own(name):
+    model, ids = tiny_model(SHAPES[name]), tokens(2, 20)
+    with torch.no_grad():
+        cache = model(ids[:, :9], use_cache=True).past_key_values
+        cache.activate_past_recording()
+        model(ids[:, 9:15], past_key_values=cache)
+        copied = copy.deepcopy(cache)
+        copied.crop(-3)
+        assert (copied.get_seq_length(), cache.get_seq_length()) == (12, 15)
+        whole = model(ids).logits
+        for start, which in ((12, copied), (15, cache)):
+            found = model(ids[:, start:], past_key_values=which).logits
+            torch.testing.assert_close(found, whole[:, start:], rtol=1e-4, atol=2e-5)
 
 
 def test_a_recording_layer_forgets_what_is_old():

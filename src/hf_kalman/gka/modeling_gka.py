@@ -141,6 +141,13 @@ class GKAMixer(nn.Module):
 
         `solver_iterations` overrides the configuration's for this call.
         """
+        if past_key_values is not None:
+            past_key_values.layers[self.layer_idx].remember(
+                lambda cache, hidden, cut: self(hidden, cut, cache, solver_iterations),
+                self.layer_idx,
+                hidden_states,
+                segments,
+            )
         features, local = self.features(hidden_states, segments, past_key_values, solver_iterations)
         output = self.o_proj(features)
         return output if local is None else output + self.local_proj(local)
@@ -163,8 +170,6 @@ class GKAMixer(nn.Module):
         self, hidden_states: Tensor, segments: Segments | None, layer, solver: GKASolver
     ) -> tuple[Tensor, Tensor | None]:
         """`features`, continuing from and writing to an entry of a cache."""
-        if layer is not None:
-            layer.remember(lambda hidden, cut: self._features(hidden, cut, layer, solver), hidden_states, segments)
         if layer is not None and self._steps(hidden_states, segments, layer, solver):
             return self._step(hidden_states, segments, layer, solver)
         slots = [layer.read(slot) for slot in range(3)] if layer is not None else [(None, None)] * 3

@@ -157,6 +157,8 @@ class KLAMixer(nn.Module):
         With `output_uncertainty` also the posterior variance of the output in float32.
         """
         layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        if layer is not None:
+            layer.remember(lambda cache, hidden, cut: self(hidden, cut, cache), self.layer_idx, hidden_states, segments)
         features, variance = self._read(hidden_states, segments, layer, output_uncertainty)
         output = self.o_proj(features)
         if variance is None:
@@ -175,8 +177,6 @@ class KLAMixer(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Gated read-out and, where asked for, its variance (B, T, M); continues from and writes to a cache's entry."""
         config = self.config
-        if layer is not None:
-            layer.remember(lambda hidden, cut: self._read(hidden, cut, layer, False), hidden_states, segments)
         inputs, gate = self.in_proj(hidden_states), None
         if config.use_output_gate:
             inputs, gate = inputs.chunk(2, dim=-1)
