@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import torch
-from gpu_timing import ceilings, extra_memory, milliseconds, replayed
+from gpu_timing import ceilings, extra_memory, milliseconds, plot_scaling, replayed
 from record import RESULTS, environment, write
 
 from kalman_kernels import GKASolver, GKAState, gated_kalmanet, gated_kalmanet_step
@@ -228,25 +228,6 @@ def scaling(rows, save, heads=8, width=128):
         )
 
 
-def plot(folder, rows):
-    try:
-        import matplotlib
-    except ImportError:
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(5, 3.5))
-    lengths = [r["length"] for r in rows]
-    for kind, label, style in (("forward", "forward", "o-"), ("forward_backward", "forward + backward", "s--")):
-        axes.loglog(lengths, [r[kind]["median_ms"] for r in rows], style, color="black", label=label)
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("milliseconds")
-    axes.legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(Path(folder) / "gka_gpu_scaling.png", dpi=150)
-
-
 def tune():
     """Times of every chunk kernel under the launch options worth trying, best first."""
     from torch.profiler import ProfilerActivity, profile
@@ -309,7 +290,7 @@ def main():
     save()
     for row in result["ratios"]:
         print(row)
-    plot(options.output, result["scaling"])
+    plot_scaling(options.output / "gka_gpu_scaling.png", result["scaling"])
 
 
 if __name__ == "__main__":

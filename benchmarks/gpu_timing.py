@@ -57,3 +57,23 @@ def ceilings():
         "copy_tb_per_s": round(2 * 2**30 / copy / 1e9, 2),
         "float16_matmul_tflops": round(2 * 8192**3 / product / 1e9, 1),
     }
+
+
+def plot_scaling(path, rows):
+    """Times against lengths on double logarithmic axes, where matplotlib is installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(5, 3.5))
+    lengths = [r["length"] for r in rows]
+    for kind, label, style in (("forward", "forward", "o-"), ("forward_backward", "forward + backward", "s--")):
+        axes.loglog(lengths, [r[kind]["median_ms"] for r in rows], style, color="black", label=label)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("milliseconds")
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)

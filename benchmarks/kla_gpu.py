@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import torch
-from gpu_timing import ceilings, extra_memory, milliseconds, replayed
+from gpu_timing import ceilings, extra_memory, milliseconds, plot_scaling, replayed
 from record import RESULTS, environment, write
 
 from kalman_kernels import KLAState, kalman_linear_attention, kalman_linear_attention_step
@@ -135,25 +135,6 @@ def accuracy(rows, save):
         print({n: f"{e:.1e}" for n, e in errors.items()}, flush=True)
 
 
-def plot(folder, rows):
-    try:
-        import matplotlib
-    except ImportError:
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(5, 3.5))
-    lengths = [r["length"] for r in rows]
-    for kind, label, style in (("forward", "forward", "o-"), ("forward_backward", "forward + backward", "s--")):
-        axes.loglog(lengths, [r[kind]["median_ms"] for r in rows], style, color="black", label=label)
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("milliseconds")
-    axes.legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(Path(folder) / "kla_gpu_scaling.png", dpi=150)
-
-
 def main():
     sections = {"prefill": prefill, "decode": decode, "scaling": scaling, "accuracy": accuracy}
     parser = argparse.ArgumentParser(description=__doc__)
@@ -172,7 +153,7 @@ def main():
             section(result[name], save)
     save()
     if result["scaling"]:
-        plot(options.output, result["scaling"])
+        plot_scaling(options.output / "kla_gpu_scaling.png", result["scaling"])
 
 
 if __name__ == "__main__":

@@ -23,13 +23,14 @@ from .triton_forward import (
     CHECKPOINT,
     KEPT,
     TritonInputs,
+    advance,
     beliefs,
     load_channels,
     load_mark,
     load_states,
-    place_of,
     reciprocal,
     span_tokens,
+    tile_of,
     tile_size,
 )
 
@@ -84,11 +85,8 @@ def adjoint_kernel(
     (2, spans, B, M, S), writes gradients, and, from the first span, what leaves into `leaving` (2, B, M, S). Partial
     sums: d_key and d_query (B, channel blocks, end - begin, S), d_decay and d_noise (spans, B, M, S).
     """
+    number, row, state, channel, inside, flat = tile_of(batches, channels, states, BS, BM)
     blocks = tl.cdiv(channels, BM)
-    number, row, start = place_of(tl.program_id(0), batches, blocks, BM)
-    state, channel = tl.arange(0, BS), start + tl.arange(0, BM)
-    inside = (state < states)[:, None] & (channel < channels)[None, :]
-    flat = channel[None, :] * states + state[:, None]
     size = long(channels * states)
     plane = tl.num_programs(0) // blocks * size
     line = (long(number) * batches + row) * size + flat
@@ -122,14 +120,8 @@ def adjoint_kernel(
                 next_weight = load_channels(observed, row, token + 1, channel, length, channels, last)
                 next_k = load_states(key, row, token + 1, state, length, states, last)
             old_lam, old_eta = lam, eta
-            if MARKED:
-                mark = load_mark(marks, row, token, length)
-                lam = tl.where((mark & 1) > 0, 1.0, lam)
-                eta = tl.where((mark & 1) > 0, 0.0, eta)
-            inverse = reciprocal(squared + p * lam)
-            seen = k[:, None] * weight[None, :]
-            lam = lam * inverse + seen * k[:, None]
-            eta = a * inverse * eta + seen * v[None, :]
+            mark = load_mark(marks, row, token, length) if MARKED else 0
+            lam, eta = advance(lam, eta, k, weight, v, a, squared, p, mark, MARKED)
             if MARKED:
                 lam, eta = tl.where(mark < 2, lam, old_lam), tl.where(mark < 2, eta, old_eta)
             path = path + ((lam, eta),)
@@ -212,7 +204,9 @@ def adjoint_kernel(
                 there = channel < tl.where(token < last, channels, 0)
                 tl.store(d_value + place, dv.to(d_value.dtype.element_ty), mask=there)
                 tl.store(d_observed + place, dw.to(d_observed.dtype.element_ty), mask=there)
-                partial = (long(row * blocks + start // BM) * (end - begin) + token - begin) * states + state
+                partial = (
+                    long(row * blocks + tl.program_id(0) % blocks) * (end - begin) + token - begin
+                ) * states + state
                 there = state < tl.where(token < last, states, 0)
                 tl.store(d_key + partial, dk, mask=there)
                 tl.store(d_query + partial, dq, mask=there)

@@ -59,9 +59,24 @@ def reciprocal(x):
 
 
 @triton.jit
-def place_of(program, batches, blocks, BM: tl.constexpr):
-    """(span, row, first channel) of a program."""
-    return program // (batches * blocks), (program // blocks) % batches, (program % blocks) * BM
+def tile_of(batches, channels, states, BS: tl.constexpr, BM: tl.constexpr):
+    """The filters of a program: span, row, states, channels, which of them exist, offsets in (M, S)."""
+    program, blocks = tl.program_id(0), tl.cdiv(channels, BM)
+    state, channel = tl.arange(0, BS), (program % blocks) * BM + tl.arange(0, BM)
+    inside = (state < states)[:, None] & (channel < channels)[None, :]
+    flat = channel[None, :] * states + state[:, None]
+    return program // (batches * blocks), (program // blocks) % batches, state, channel, inside, flat
+
+
+@triton.jit
+def advance(lam, eta, k, weight, v, a, squared, p, mark, MARKED: tl.constexpr):
+    """The belief after a token, README eqs. 1 and 2; padding is the caller's."""
+    if MARKED:
+        lam = tl.where((mark & 1) > 0, 1.0, lam)
+        eta = tl.where((mark & 1) > 0, 0.0, eta)
+    inverse = reciprocal(squared + p * lam)
+    seen = k[:, None] * weight[None, :]
+    return lam * inverse + seen * k[:, None], a * inverse * eta + seen * v[None, :]
 
 
 @triton.jit
@@ -122,11 +137,7 @@ def walk_kernel(
     Starts from beliefs (spans, B, M, S); KEEP: writes those before every STEPS-th token, (chunks, B, M, S). RESUME (a
     number of tokens): starts from beliefs before every RESUME-th token of the whole row, and only keeps.
     """
-    blocks = tl.cdiv(channels, BM)
-    number, row, start = place_of(tl.program_id(0), batches, blocks, BM)
-    state, channel = tl.arange(0, BS), start + tl.arange(0, BM)
-    inside = (state < states)[:, None] & (channel < channels)[None, :]
-    flat = channel[None, :] * states + state[:, None]
+    number, row, state, channel, inside, flat = tile_of(batches, channels, states, BS, BM)
     size = long(channels * states)
     a = tl.load(decay + flat, mask=inside, other=1.0)
     p = tl.load(noise + flat, mask=inside, other=1.0)
@@ -157,14 +168,8 @@ def walk_kernel(
             next_k = load_states(key, row, token + 1, state, length, states, last)
             next_q = load_states(query, row, token + 1, state, length, states, last)
             old_lam, old_eta = lam, eta
-            if MARKED:
-                mark = load_mark(marks, row, token, length)
-                lam = tl.where((mark & 1) > 0, 1.0, lam)
-                eta = tl.where((mark & 1) > 0, 0.0, eta)
-            inverse = reciprocal(squared + p * lam)
-            seen = k[:, None] * weight[None, :]
-            lam = lam * inverse + seen * k[:, None]
-            eta = a * inverse * eta + seen * v[None, :]
+            mark = load_mark(marks, row, token, length) if MARKED else 0
+            lam, eta = advance(lam, eta, k, weight, v, a, squared, p, mark, MARKED)
             if not RESUME:
                 variance = reciprocal(lam)
                 mean = eta * variance
@@ -212,11 +217,7 @@ def maps_kernel(
 
     The last span is not among the programs: nothing starts from its end, and all others are whole, of an even length.
     """
-    blocks = tl.cdiv(channels, BM)
-    number, row, start = place_of(tl.program_id(0), batches, blocks, BM)
-    state, channel = tl.arange(0, BS), start + tl.arange(0, BM)
-    inside = (state < states)[:, None] & (channel < channels)[None, :]
-    flat = channel[None, :] * states + state[:, None]
+    number, row, state, channel, inside, flat = tile_of(batches, channels, states, BS, BM)
     decays = tl.load(decay + flat, mask=inside, other=1.0)
     p = tl.load(noise + flat, mask=inside, other=1.0)
     squared = decays * decays
@@ -259,7 +260,7 @@ def maps_kernel(
         a, b, c, d = a * factor, b * factor, c * factor, d * factor
         e, f, g = e * factor, f * factor, g * factor
     size = long(channels * states)
-    plane = tl.num_programs(0) // blocks * size
+    plane = tl.num_programs(0) // tl.cdiv(channels, BM) * size
     maps += (long(number) * batches + row) * size + flat
     tl.store(maps, a, mask=inside)
     tl.store(maps + plane, b, mask=inside)
@@ -325,9 +326,9 @@ def kla_triton_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Means and variances (B, T, M) in the dtype of the value, the final belief in float32, and kept beliefs.
 
-    Without `spread` no variances: an empty tensor.
-    Kept are the beliefs before every `keep`-th token (chunks, B, M, S), none when 0; `keep` divides KEPT. `final`
-    are buffers for the final belief, with up to SPAN tokens also those of `precision` and `information` themselves.
+    Without `spread` an empty tensor instead of variances. Kept are the beliefs before every `keep`-th token
+    (chunks, B, M, S), none when 0; `keep` divides KEPT. `final` are buffers for the final belief, with up to SPAN
+    tokens also those of `precision` and `information` themselves.
     """
     batch, length, channels = inputs.value.shape
     states = inputs.key.shape[-1]
@@ -347,20 +348,20 @@ def kla_triton_forward(
         maps_kernel[(programs * (spans - 1),)](
             *inputs[:3], inputs.decay, inputs.process_noise, marks, maps, *sizes, **options
         )
-        beliefs = torch.empty(2, spans, *shape, **new)
+        before = torch.empty(2, spans, *shape, **new)
         size = batch * channels * states
         apply_maps_kernel[(-(-size // 256),)](
             maps,
             maps if precision is None else precision,
             maps if information is None else information,
-            beliefs,
+            before,
             spans,
             size,
             HAS_STATE=precision is not None,
             BLOCK=256,
             num_warps=2,
         )
-        starts = list(beliefs)
+        starts = list(before)
         del maps
     mean = torch.empty_like(inputs.value)
     variance = torch.empty_like(inputs.value) if spread else inputs.value.new_empty(0)
