@@ -130,6 +130,23 @@ def test_a_step_keeps_every_belief(kind, in_place, implementation, device):
     assert relative_error(variance.cpu(), expected[0][1]) <= 2e-6
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("implementation", ["triton", "torch", "reference"])
+def test_what_stands_at_padding_is_discarded(implementation, device):
+    inputs, segments = make_inputs(9, **SMALL, dtype=torch.float32), make_segments("padded", 2, 9)
+    spoiled = [t.masked_fill(~segments.valid[..., None], float("nan")) if i < 4 else t for i, t in enumerate(inputs)]
+    results = [
+        differentiated(
+            [t.to(device) for t in tensors],
+            segments=moved(segments, device),
+            decode_from_prior=True,
+            implementation=implementation,
+        )
+        for tensors in (inputs, spoiled)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_more_states_than_the_kernels_hold_are_named():
     inputs = make_inputs(2, batch=1, channels=1, states=129, dtype=torch.float32)
     with pytest.raises(NotImplementedError, match="129"):

@@ -78,6 +78,10 @@ def kalman_linear_attention(
     if segments is not None:
         segments.check(_NAME, batch, length)
     choice = choose(_NAME, implementation, IMPLEMENTATIONS, value.device, _refusal(value, key))
+    if segments is not None and segments.valid is not None:
+        # Whatever stands at padding is discarded, NaN included.
+        present = segments.valid[..., None]
+        value, value_precision, key, query = (torch.where(present, t, 0) for t in (value, value_precision, key, query))
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
     decay, process_noise = decay.to(dtype), _floored(process_noise.to(dtype))
     if choice.implementation == "triton":
@@ -105,9 +109,6 @@ def kalman_linear_attention(
         return mean.to(value.dtype), variance.to(value.dtype) if output_variance else None, state
     segments = segments or Segments()
     reset, valid = (None if t is None else t.expand(batch, length) for t in segments)
-    if valid is not None:
-        # Whatever stands at padding is discarded.
-        tensors[:4] = [torch.where(valid[..., None], t, 0) for t in tensors[:4]]
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, precision, information))
     mean, variance, precision, information, *_ = _forward(
         *tensors, reset, valid, precision, information, decode_from_prior, keep, output_variance
