@@ -93,10 +93,16 @@ class KalmanCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         )
 
     def read(self, slot: int) -> tuple[Tensor | None, Tensor | None]:
-        """(convolution context, recurrent state) of a slot, None where nothing has been written yet."""
+        """(convolution context, recurrent state) of a slot, None where nothing has been written yet.
+
+        With gradients on copies: the cache is overwritten in place, and the backward pass wants what was read.
+        """
         if not self.has_previous_state[slot]:
             return None, None
-        return self.conv_states[slot], self.recurrent_states[slot]
+        context, state = self.conv_states[slot], self.recurrent_states[slot]
+        if torch.is_grad_enabled():
+            context, state = (None if t is None else t.clone() for t in (context, state))
+        return context, state
 
     def write(self, slot: int, conv_state: Tensor | None, recurrent_state: Tensor | None) -> None:
         """Replace what a slot holds, in place once it has been allocated (addresses stay for CUDA graphs)."""

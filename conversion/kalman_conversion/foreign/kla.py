@@ -140,14 +140,14 @@ def export_kla(model: KLAForCausalLM, output: str | Path) -> None:
         raise ValueError(f"`model` must be made of KLA layers alone, got layer_types={config.layer_types}.")
     names = {ours: theirs for theirs, ours in _MIXER.items()}
     norms = {ours: theirs for theirs, ours in _NORMS.items()}
+    top = {ours: theirs for theirs, ours in _TOP.items()}
+    state = {name: tensor.to("cpu").contiguous().clone() for name, tensor in model.state_dict().items()}
     weights = {}
-    for name, tensor in model.state_dict().items():
-        tensor = tensor.detach().to("cpu").contiguous().clone()
+    for name, tensor in state.items():
         layer = re.fullmatch(r"model\.layers\.(\d+)\.(.*)", name)
         if layer is None:
-            top = {ours: theirs for theirs, ours in _TOP.items()}.get(name, name)
             if not (name == "lm_head.weight" and config.tie_word_embeddings):
-                weights[top] = tensor
+                weights[top.get(name, name)] = tensor
             continue
         index, rest = layer.groups()
         if rest in norms:
@@ -157,8 +157,7 @@ def export_kla(model: KLAForCausalLM, output: str | Path) -> None:
         elif rest.startswith("mixer."):
             weights[f"blocks.{index}.mixer.{names[rest.removeprefix('mixer.')]}"] = tensor
         elif rest == "mlp.gate_proj.weight":
-            up = model.state_dict()[name.replace("gate_proj", "up_proj")].detach().to("cpu")
-            weights[f"blocks.{index}.mlp.w12.weight"] = torch.cat([tensor, up])
+            weights[f"blocks.{index}.mlp.w12.weight"] = torch.cat([tensor, state[name.replace("gate_proj", "up_proj")]])
         elif rest != "mlp.up_proj.weight":
             raise ValueError(f"`model` holds {name}, which the kla package does not have.")
     fields = {theirs: getattr(config, ours) for theirs, ours in _FIELDS.items()} | _ONLY

@@ -173,9 +173,6 @@ class GKAMixer(nn.Module):
         if layer is not None and self._steps(hidden_states, segments, layer, solver):
             return self._step(hidden_states, segments, layer, solver)
         slots = [layer.read(slot) for slot in range(3)] if layer is not None else [(None, None)] * 3
-        if torch.is_grad_enabled():
-            # The cache is overwritten in place, and the backward pass wants what was read.
-            slots = [tuple(None if t is None else t.clone() for t in slot) for slot in slots]
         (q_past, gram), (k_past, value_key), (v_past, _) = slots
         activation, width = "silu" if self.config.key_activation == "silu" else None, self.config.linear_key_head_dim
         query, q_past = self._convolve(

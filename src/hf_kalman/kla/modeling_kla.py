@@ -196,9 +196,6 @@ class KLAMixer(nn.Module):
 
     def _convolve(self, inputs: Tensor, segments: Segments | None, layer) -> Tensor:
         past = None if layer is None else layer.read(0)[0]
-        if past is not None and torch.is_grad_enabled():
-            # The cache is overwritten in place, and the backward pass wants what was read.
-            past = past.clone()
         inputs, past = self.conv1d(inputs, past, segments, self.config.implementation, "silu")
         if layer is not None:
             layer.write(0, past, None)
@@ -215,15 +212,12 @@ class KLAMixer(nn.Module):
             "output_variance": uncertain,
             "implementation": self.config.implementation,
         }
-        information = None if layer is None else layer.read(1)[1]
-        if information is None:
-            output, variance, state = kalman_linear_attention(*sensors, **options)
-        else:
-            state = KLAState(layer.recurrent_states[0], information)
-            if not torch.is_grad_enabled():
-                return kalman_linear_attention_step(*sensors, state=state, in_place=True, **options)[:2]
-            state = KLAState(*(t.clone() for t in state))
-            output, variance, state = kalman_linear_attention(*sensors, initial_state=state, **options)
+        state = None
+        if layer is not None and layer.has_previous_state[1]:
+            state = KLAState(*(layer.read(slot)[1] for slot in range(2)))
+        if state is not None and not torch.is_grad_enabled():
+            return kalman_linear_attention_step(*sensors, state=state, in_place=True, **options)[:2]
+        output, variance, state = kalman_linear_attention(*sensors, initial_state=state, **options)
         if layer is not None:
             layer.write(0, None, state.precision)
             layer.write(1, None, state.information)
@@ -409,8 +403,6 @@ class KLAForCausalLM(KLAPreTrainedModel, DecoderGenerationMixin):
                 f"{self.config.layer_types[-1]!r}; use marginal_samples=0."
             )
         collected = _Collected()
-        if marginal_samples:
-            kwargs["mixer_options"] = {"collect": collected}
         outputs: KLAModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -419,6 +411,7 @@ class KLAForCausalLM(KLAPreTrainedModel, DecoderGenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_uncertainty=output_uncertainty,
+            mixer_options={"collect": collected} if marginal_samples else None,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -429,7 +422,6 @@ class KLAForCausalLM(KLAPreTrainedModel, DecoderGenerationMixin):
             logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
         loss = None
         if labels is not None:
-            kwargs.pop("mixer_options", None)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return KLACausalLMOutputWithPast(
             loss=loss,
