@@ -30,14 +30,34 @@ class DecoderConfig(PreTrainedConfig):
     """
 
     keys_to_ignore_at_inference = ["past_key_values"]
+    # Mixers compute on every rank what their sharded projections gather: their states are no multiple of anything.
+    # A model drops the entries that it has no modules for.
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
         "layers.*.self_attn.v_proj": "colwise",
         "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
         "layers.*.mlp.gate_proj": "colwise",
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
+    } | {
+        f"layers.*.mixer.{name}": style
+        for style, names in {
+            "colwise_gather_output": (
+                "q_proj",
+                "k_proj",
+                "v_proj",
+                "g_proj",
+                "in_proj",
+                "sensor_proj",
+                "value_expand",
+                "var_expand",
+            ),
+            "rowwise_split_input": ("o_proj", "local_proj"),
+        }.items()
+        for name in names
     }
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),

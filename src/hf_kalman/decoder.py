@@ -12,10 +12,12 @@ layer that is not swapped computes bit for bit what it computed before.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import (
@@ -25,7 +27,7 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.llama.modeling_llama import (
     LlamaMLP,
     LlamaRMSNorm,
@@ -37,9 +39,17 @@ from transformers.models.llama.modeling_llama import (
 from kalman_kernels import Segments
 
 from .cache import swap_cache_layers
+from .layers import ShortConvolution
 from .packing import build_segments
 
-__all__ = ["DecoderAttention", "DecoderGenerationMixin", "DecoderLayer", "build_decoder", "run_decoder"]
+__all__ = [
+    "DecoderAttention",
+    "DecoderGenerationMixin",
+    "DecoderLayer",
+    "DecoderPreTrainedModel",
+    "build_decoder",
+    "run_decoder",
+]
 
 _MASKS = {
     "full_attention": create_causal_mask,
@@ -160,6 +170,40 @@ class DecoderLayer(GradientCheckpointingLayer):
     def feed_forward(self, hidden_states: Tensor) -> Tensor:
         """The second half of the layer: x + mlp(norm(x))."""
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class DecoderPreTrainedModel(PreTrainedModel):
+    """The host's feature flags and what there is to initialise outside the mixers."""
+
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values", "mixer_options"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def post_init(self) -> None:
+        """As the host's; plans and precision lists keep the entries that this configuration has modules for."""
+        super().post_init()
+        names = [name for name, _ in self.named_modules()] + [*self.state_dict()]
+        last = {name.rpartition(".")[2] for name in names}
+        self._keep_in_fp32_modules_strict &= last
+
+        def present(entry: str) -> bool:
+            pattern = re.compile(re.escape(entry).replace(r"\*", r"\d+"))
+            return any(pattern.fullmatch(name) for name in names)
+
+        self._tp_plan = {entry: style for entry, style in self._tp_plan.items() if present(entry)}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ShortConvolution):
+            bound = module.kernel_size[0] ** -0.5
+            init.uniform_(module.weight, -bound, bound)
+            if module.bias is not None:
+                init.zeros_(module.bias)
 
 
 class DecoderGenerationMixin(GenerationMixin):

@@ -142,6 +142,8 @@ def export_kla(model: KLAForCausalLM, output: str | Path) -> None:
     norms = {ours: theirs for theirs, ours in _NORMS.items()}
     top = {ours: theirs for theirs, ours in _TOP.items()}
     state = {name: tensor.to("cpu").contiguous().clone() for name, tensor in model.state_dict().items()}
+    if config.skip == "scalar":
+        state = {name: t.reshape(()) if name.endswith(".mixer.skip") else t for name, t in state.items()}
     weights = {}
     for name, tensor in state.items():
         layer = re.fullmatch(r"model\.layers\.(\d+)\.(.*)", name)
@@ -274,5 +276,6 @@ def _renamed(weights: dict[str, Tensor], config: KLAConfig) -> dict[str, Tensor]
             continue
         else:
             mixer = _MIXER.get(rest.removeprefix("mixer."), rest)
+            tensor = tensor.reshape(1) if mixer == "skip" and tensor.ndim == 0 else tensor
             renamed[prefix + ("mixer." + mixer if rest.startswith("mixer.") else mixer)] = tensor
     return renamed

@@ -18,7 +18,6 @@ from transformers.modeling_layers import (
     GenericForTokenClassification,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -28,7 +27,14 @@ from kalman_kernels import GKASolver, GKAState, Segments, causal_conv, gated_kal
 from kalman_kernels.gka import MixerInputs, MixerOptions, gka_mixer_step, serves_mixer_step
 from kalman_kernels.numerics import EPSILON, unit_norm, widen
 
-from ..decoder import DecoderAttention, DecoderGenerationMixin, DecoderLayer, build_decoder, run_decoder
+from ..decoder import (
+    DecoderAttention,
+    DecoderGenerationMixin,
+    DecoderLayer,
+    DecoderPreTrainedModel,
+    build_decoder,
+    run_decoder,
+)
 from ..layers import ShortConvolution
 from .configuration_gka import GKAConfig
 
@@ -345,18 +351,11 @@ def _check_iterations(solver_iterations: int) -> None:
         raise ValueError(f"`solver_iterations` must be an integer >= 0, got {solver_iterations!r}.")
 
 
-class GKAPreTrainedModel(PreTrainedModel):
-    """Weight initialisation, loading and the host's feature flags."""
+class GKAPreTrainedModel(DecoderPreTrainedModel):
+    """Weight initialisation and what the mixers add to the host's feature flags."""
 
     config: GKAConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
     _no_split_modules = ["GKADecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values", "mixer_options"]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
     _keep_in_fp32_modules_strict = ["A_log", "dt_bias"]
     _can_record_outputs = {"hidden_states": GKADecoderLayer, "attentions": DecoderAttention}
 
@@ -374,9 +373,6 @@ class GKAPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, GatedRMSNorm):
             init.ones_(module.weight)
-        elif isinstance(module, ShortConvolution):
-            bound = module.kernel_size[0] ** -0.5
-            init.uniform_(module.weight, -bound, bound)
         elif isinstance(module, LowRankLinear):
             init.zeros_(module.linearB.weight)
         elif isinstance(module, GKAMixer):

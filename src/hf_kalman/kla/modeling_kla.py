@@ -19,7 +19,6 @@ from transformers.modeling_layers import (
     GenericForTokenClassification,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -28,7 +27,14 @@ from transformers.utils.output_capturing import capture_outputs
 from kalman_kernels import KLAState, Segments, kalman_linear_attention, kalman_linear_attention_step
 from kalman_kernels.numerics import widen
 
-from ..decoder import DecoderAttention, DecoderGenerationMixin, DecoderLayer, build_decoder, run_decoder
+from ..decoder import (
+    DecoderAttention,
+    DecoderGenerationMixin,
+    DecoderLayer,
+    DecoderPreTrainedModel,
+    build_decoder,
+    run_decoder,
+)
 from ..layers import ShortConvolution
 from .configuration_kla import KLAConfig
 
@@ -127,7 +133,7 @@ class KLAMixer(nn.Module):
         elif config.process_noise == "fixed":
             self.register_buffer(self.noise_name, torch.zeros(inner, states))
         if config.skip != "none":
-            self.skip = nn.Parameter(torch.zeros(() if config.skip == "scalar" else inner))
+            self.skip = nn.Parameter(torch.zeros(1 if config.skip == "scalar" else inner))
         self.o_proj = nn.Linear(inner, width, bias=bias)
 
     def dynamics(self) -> tuple[Tensor, Tensor]:
@@ -163,7 +169,10 @@ class KLAMixer(nn.Module):
         output = self.o_proj(features)
         if variance is None:
             return output
-        return output, variance @ widen(self.o_proj.weight).square().T
+        # Read through the module, which may be sharded, quantised or adapted.
+        inputs = torch.eye(features.shape[-1], dtype=features.dtype, device=features.device)
+        weight = self.o_proj(inputs) - self.o_proj(torch.zeros_like(inputs[:1]))
+        return output, variance @ widen(weight).square()
 
     def features(
         self, hidden_states: Tensor, segments: Segments | None = None, past_key_values: Cache | None = None
@@ -260,18 +269,11 @@ class KLADecoderLayer(DecoderLayer):
         return output
 
 
-class KLAPreTrainedModel(PreTrainedModel):
-    """Weight initialisation, loading and the host's feature flags."""
+class KLAPreTrainedModel(DecoderPreTrainedModel):
+    """Weight initialisation and what the mixers add to the host's feature flags."""
 
     config: KLAConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
     _no_split_modules = ["KLADecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values", "mixer_options"]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
     _keep_in_fp32_modules_strict = [
         "delta",
         "lambda_log",
@@ -284,12 +286,7 @@ class KLAPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, ShortConvolution):
-            bound = module.kernel_size[0] ** -0.5
-            init.uniform_(module.weight, -bound, bound)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, KLAMixer):
+        if isinstance(module, KLAMixer):
             self._init_mixer(module)
 
     @staticmethod
