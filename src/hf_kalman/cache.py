@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer, StaticCache
 
 from kalman_kernels import Segments
 
@@ -35,7 +35,7 @@ class _Stretch(NamedTuple):
     conv_states: dict[int, Tensor | None]
     recurrent_states: dict[int, Tensor | None]
     filled: dict[int, bool]
-    length: int
+    length: int | Tensor
     calls: list[tuple[Tensor, Segments | None]]
 
     @property
@@ -53,11 +53,14 @@ class KalmanCacheLayer(LinearAttentionLayer, CacheLayerMixin):
     is_compileable = True
     supports_early_init = False
     is_sliding = False
+    # Once it records: `remember`.
+    is_croppable = True
 
-    def __init__(self, number_of_states: int = 1, **kwargs) -> None:
+    def __init__(self, number_of_states: int = 1, static: bool = False, **kwargs) -> None:
         LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
         self.keys = self.values = None
-        self.cumulative_length = 0
+        # In a static cache a tensor: a compiled step would be compiled again for every new integer.
+        self.cumulative_length: int | Tensor = torch.tensor(0) if static else 0
         self.stretches: list[_Stretch] = []
         self.layer_idx = -1
         self.replay: Callable[[SingleLayer, Tensor, Segments | None], object] | None = None
@@ -71,6 +74,10 @@ class KalmanCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         if recurrent is not None and self.device is None:
             self.dtype, self.device = recurrent.dtype, recurrent.device
         LinearAttentionLayer.lazy_initialization(self, *args, **kwargs)
+        if isinstance(self.cumulative_length, Tensor):
+            self.cumulative_length = self.cumulative_length.to(self.device)
+            if not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(self.cumulative_length)
 
     @property
     def is_initialized(self) -> bool:
@@ -120,9 +127,16 @@ class KalmanCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         self.has_previous_state[state_idx] = True
         return state
 
-    def get_seq_length(self) -> int:
-        """Tokens read so far, padding included."""
-        return self.cumulative_length
+    def advance(self, tokens: int) -> None:
+        """Count tokens that have been read."""
+        if isinstance(self.cumulative_length, Tensor):
+            self.cumulative_length.add_(tokens)
+        else:
+            self.cumulative_length += tokens
+
+    def get_seq_length(self) -> int | Tensor:
+        """Tokens read so far, padding included; a scalar tensor in a static cache that has been written to."""
+        return self.cumulative_length if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(length, offset) of the mask that an attention layer with the same past would need."""
@@ -154,16 +168,16 @@ class KalmanCacheLayer(LinearAttentionLayer, CacheLayerMixin):
             return
         if not self.stretches or self.stretches[-1].tokens >= WINDOW:
 
-            def copied(states):
-                return {slot: None if state is None else state.clone() for slot, state in states.items()}
+            def copy(value):
+                return value.clone() if isinstance(value, Tensor) else value
 
             self.stretches = self.stretches[-1:]
             self.stretches.append(
                 _Stretch(
-                    copied(self.conv_states),
-                    copied(self.recurrent_states),
+                    {slot: copy(state) for slot, state in self.conv_states.items()},
+                    {slot: copy(state) for slot, state in self.recurrent_states.items()},
                     dict(self.has_previous_state),
-                    self.cumulative_length,
+                    copy(self.cumulative_length),
                     [],
                 )
             )
@@ -221,13 +235,19 @@ class KalmanCacheLayer(LinearAttentionLayer, CacheLayerMixin):
                 if states[slot] is not None and copy is not None:
                     states[slot].copy_(copy)
         self.has_previous_state.update(stretch.filled)
-        self.cumulative_length = stretch.length
+        self._count_from(stretch.length)
 
     def reset(self) -> None:
         """Forget everything and keep the memory."""
         LinearAttentionLayer.reset(self)
-        self.cumulative_length = 0
+        self._count_from(0)
         self.stretches = []
+
+    def _count_from(self, tokens: int | Tensor) -> None:
+        if isinstance(self.cumulative_length, Tensor):
+            self.cumulative_length.fill_(tokens)
+        else:
+            self.cumulative_length = tokens
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Select the states of the surviving beams."""
@@ -276,7 +296,7 @@ def swap_cache_layers(cache: Cache, layer_types: list[str], number_of_states: in
             raise ValueError(
                 f"`past_key_values` must be fresh or filled by this model, but layer {index} was filled by another one."
             )
-        cache.layers[index] = KalmanCacheLayer(number_of_states)
+        cache.layers[index] = KalmanCacheLayer(number_of_states, static=isinstance(cache, StaticCache))
         if layer.record_past:
             cache.layers[index].activate_past_recording()
     full = next(

@@ -234,8 +234,8 @@ def _masks(config, inputs_embeds: Tensor, attention_mask, past_key_values: Cache
     if isinstance(attention_mask, dict):
         return dict(attention_mask)
     if attention_mask is not None and attention_mask.ndim == 2:
-        length = inputs_embeds.shape[1] + (past_key_values.get_seq_length() if past_key_values is not None else 0)
         if attention_mask.shape[0] != inputs_embeds.shape[0] or attention_mask.shape[1] < inputs_embeds.shape[1]:
+            length = inputs_embeds.shape[1] + (past_key_values.get_seq_length() if past_key_values is not None else 0)
             raise ValueError(
                 f"`attention_mask` must have shape ({inputs_embeds.shape[0]}, {length}): one column for each token of "
                 f"the past and of the input, got {tuple(attention_mask.shape)}."

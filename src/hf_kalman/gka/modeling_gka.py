@@ -216,7 +216,7 @@ class GKAMixer(nn.Module):
             layer.write(0, q_past, state.key_gram)
             layer.write(1, k_past, state.value_key)
             layer.write(2, v_past, None)
-            layer.cumulative_length += hidden_states.shape[1]
+            layer.advance(hidden_states.shape[1])
         gate = self.g_proj(hidden_states).view_as(outputs) if self.config.use_output_gate else None
         return self.o_norm(outputs, gate, self.config.implementation).flatten(-2), local
 
@@ -273,7 +273,7 @@ class GKAMixer(nn.Module):
             config.rms_norm_eps,
         )
         outputs = gka_mixer_step(inputs, solver, options)
-        layer.cumulative_length += hidden_states.shape[1]
+        layer.advance(hidden_states.shape[1])
         return outputs.flatten(-2), local
 
     def _convolve(

@@ -194,7 +194,7 @@ class KLAMixer(nn.Module):
             inputs = self._convolve(inputs.contiguous(), segments, layer)
         output, variance = self._filter(inputs, segments, layer, uncertain)
         if layer is not None:
-            layer.cumulative_length += hidden_states.shape[1]
+            layer.advance(hidden_states.shape[1])
         if config.skip != "none":
             output = output + self.skip.to(output.dtype) * inputs
         if gate is not None:
