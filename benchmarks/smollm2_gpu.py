@@ -132,7 +132,7 @@ def main():
             model = swap_attention(model, layers=STUDENTS[name])
         model = model.to("cuda", torch.bfloat16).eval()
         for parameter_name, parameter in model.named_parameters():
-            if parameter_name.endswith(("A_log", "dt_bias")):
+            if "decay_bias" in parameter_name:
                 parameter.data = parameter.data.float()
         row = {"model": name, "generation": []}
         result["models"].append(row)

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from hf_kalman import GKAForCausalLM, KLAForCausalLM
 from hf_kalman.gka.modeling_gka import GKAMixer
 from hf_kalman.kla.modeling_kla import KLAMixer
-from hf_kalman.layers import ShortConvolution
+from hf_kalman.layers import ShortConvolution, inverse_softplus
 
 from .plan import ConversionPlan, mixer_options, plan_conversion
 
@@ -125,7 +125,7 @@ def swap_attention(
             initialise_mixer(fresh, attention, initialisation)
             dtype, device = attention["q_proj.weight"].dtype, attention["q_proj.weight"].device
             for name, tensor in fresh.state_dict().items():
-                keep_wide = name in family._keep_in_fp32_modules_strict
+                keep_wide = name.partition(".")[0] in family._keep_in_fp32_modules_strict
                 weights[f"model.layers.{index}.mixer.{name}"] = tensor.to(device, None if keep_wide else dtype)
     result.load_state_dict(weights, strict=False, assign=True)
     result.tie_weights()
@@ -229,8 +229,8 @@ def _seed_gka(mixer: GKAMixer, wide: dict[str, Tensor], initialisation: str) -> 
             lives = torch.logspace(first, last, config.linear_num_heads, base=2.0)
             # log 2 / half-life = exp(A_log) * softplus(dt_bias), the step at its published middle.
             step = torch.full_like(lives, 0.01)
-            mixer.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
-            mixer.A_log.copy_((torch.log(torch.tensor(2.0)) / lives / step).log())
+            mixer.decay_bias.dt_bias.copy_(inverse_softplus(step))
+            mixer.decay_bias.A_log.copy_((torch.log(torch.tensor(2.0)) / lives / step).log())
 
 
 def _seed_kla(mixer: KLAMixer, attention: dict[str, Tensor]) -> None:

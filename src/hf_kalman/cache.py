@@ -138,7 +138,7 @@ class KalmanCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         """Tokens read so far, padding included; a scalar tensor in a static cache that has been written to."""
         return self.cumulative_length if self.is_initialized else 0
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int) -> tuple[int | Tensor, int]:
         """(length, offset) of the mask that an attention layer with the same past would need."""
         if self.attention_layer is not None:
             return self.attention_layer.get_mask_sizes(query_length)

@@ -194,7 +194,8 @@ class DecoderPreTrainedModel(PreTrainedModel):
             pattern = re.compile(re.escape(entry).replace(r"\*", r"\d+"))
             return any(pattern.fullmatch(name) for name in names)
 
-        self._tp_plan = {entry: style for entry, style in self._tp_plan.items() if present(entry)}
+        for plan in ("_tp_plan", "_fsdp_plan"):
+            setattr(self, plan, {entry: style for entry, style in getattr(self, plan).items() if present(entry)})
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -233,11 +234,13 @@ def _masks(config, inputs_embeds: Tensor, attention_mask, past_key_values: Cache
     """One mask per kind of layer; a dict that `generate` has already prepared passes through."""
     if isinstance(attention_mask, dict):
         return dict(attention_mask)
+    batch, tokens = inputs_embeds.shape[:2]
     if attention_mask is not None and attention_mask.ndim == 2:
-        if attention_mask.shape[0] != inputs_embeds.shape[0] or attention_mask.shape[1] < inputs_embeds.shape[1]:
-            length = inputs_embeds.shape[1] + (past_key_values.get_seq_length() if past_key_values is not None else 0)
+        rows, columns = attention_mask.shape
+        if rows != batch or columns < tokens:
+            length = tokens + (past_key_values.get_seq_length() if past_key_values is not None else 0)
             raise ValueError(
-                f"`attention_mask` must have shape ({inputs_embeds.shape[0]}, {length}): one column for each token of "
+                f"`attention_mask` must have shape ({batch}, {length}): one column for each token of "
                 f"the past and of the input, got {tuple(attention_mask.shape)}."
             )
     arguments = {

@@ -7,12 +7,18 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kalman_kernels import Segments, causal_conv
 
-__all__ = ["ShortConvolution"]
+__all__ = ["ShortConvolution", "inverse_softplus"]
+
+
+def inverse_softplus(value: Tensor) -> Tensor:
+    """The inverse of softplus: log(exp(value) - 1), for value > 0 of any shape."""
+    return value + torch.log(-torch.expm1(-value))
 
 
 class ShortConvolution(nn.Conv1d):

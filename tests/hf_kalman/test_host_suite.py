@@ -60,9 +60,6 @@ class Common(
         self.model_tester.num_hidden_layers = self.model_tester.layer_types.count("full_attention")
         super().test_attention_outputs()
 
-    def test_fsdp2_bf16_training(self):
-        self.skipTest("float32 decays")
-
     def test_config(self):
         ConfigTester(self, config_class=self.model_tester.config_class).run_common_tests()
 

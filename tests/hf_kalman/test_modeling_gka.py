@@ -28,7 +28,7 @@ def test_mixer_by_its_equations():
     v = F.silu(conv(mixer.v_proj(h), mixer.v_conv1d.weight))[0]
     beta = torch.sigmoid(mixer.b_proj(h))[0] + 1e-6
     alpha = torch.sigmoid(mixer.alpha_proj(h))[0]
-    decay = (-mixer.A_log.exp() * F.softplus(mixer.a_proj(h) + mixer.dt_bias))[0, :, 0]
+    decay = (-mixer.decay_bias.A_log.exp() * F.softplus(mixer.a_proj(h) + mixer.decay_bias.dt_bias))[0, :, 0]
     out = []
     for t in range(12):
         keep = torch.stack([decay[i + 1 : t + 1].sum().exp() for i in range(t + 1)])
@@ -104,8 +104,8 @@ def test_solver_can_change_without_reloading():
 def test_default_initialisation_of_decays():
     mixer = tiny_model(PURE, num_attention_heads=64, head_dim=2, num_key_value_heads=64).model.layers[0].mixer
     assert isinstance(mixer, GKAMixer)
-    assert mixer.A_log.exp().min() >= 0.01 and mixer.A_log.exp().max() <= 16
-    step = F.softplus(mixer.dt_bias)
+    assert mixer.decay_bias.A_log.exp().min() >= 0.01 and mixer.decay_bias.A_log.exp().max() <= 16
+    step = F.softplus(mixer.decay_bias.dt_bias)
     assert step.min() > 9e-4 and step.max() < 0.11
 
 

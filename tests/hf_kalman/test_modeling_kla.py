@@ -22,9 +22,9 @@ def test_mixer_by_its_equations():
     v, code, k, q = mixer.sensor_proj(z).split([4, 3, 2, 2], dim=-1)
     v, noise = mixer.value_expand(v)[0], F.softplus(mixer.var_expand(code))[0] + 1e-4
     k, q = (F.normalize(t, dim=-1)[0] for t in (k, q))
-    rate, step = mixer.lambda_log.exp(), F.softplus(mixer.delta) + 1e-7
+    rate, step = mixer.dynamics_bias.lambda_log.exp(), F.softplus(mixer.dynamics_bias.delta) + 1e-7
     decay = torch.exp(-rate * step)
-    p = mixer.process_noise_log.exp() / (2 * rate) * (1 - decay**2)
+    p = mixer.dynamics_bias.process_noise_log.exp() / (2 * rate) * (1 - decay**2)
     mean, variance = torch.zeros_like(decay), torch.ones_like(decay)
     read, spread = [], []
     for t in range(12):
@@ -60,24 +60,27 @@ def test_a_noise_below_its_floor_still_learns():
     model = tiny_model(KLA_PURE, process_noise_parameterization="raw", process_noise_max=0.5)
     mixer = model.model.layers[0].mixer
     with torch.no_grad():
-        mixer.process_noise[0], mixer.process_noise[1] = -0.3, 0.9
-    rate, step = mixer.lambda_log.exp(), F.softplus(mixer.delta) + 1e-7
+        mixer.dynamics_bias.process_noise[0], mixer.dynamics_bias.process_noise[1] = -0.3, 0.9
+    rate, step = mixer.dynamics_bias.lambda_log.exp(), F.softplus(mixer.dynamics_bias.delta) + 1e-7
     factor = (1 - torch.exp(-2 * rate * step)) / (2 * rate)
-    noise = mixer.dynamics()[1]
+    noise = mixer.dynamics_bias(torch.zeros(64))[2]
     torch.testing.assert_close(noise[0], 1e-7 * factor[0])
     torch.testing.assert_close(noise[1], 0.5 * factor[1])
     ids = tokens(2, 12)
     model(ids, labels=ids).loss.backward()
-    assert (mixer.process_noise.grad[:2].abs() > 0).all()
+    assert (mixer.dynamics_bias.process_noise.grad[:2].abs() > 0).all()
 
 
 def test_fixed_and_absent_noise():
     fixed, absent = (tiny_model(KLA_PURE, process_noise=kind) for kind in ("fixed", "none"))
     names = {n.rsplit(".", 1)[-1] for n, _ in fixed.named_parameters()}
-    assert "process_noise_log" not in names and "model.layers.0.mixer.process_noise_log" in fixed.state_dict()
-    assert fixed.model.layers[0].mixer.dynamics()[1].min() > 0
+    assert (
+        "process_noise_log" not in names
+        and "model.layers.0.mixer.dynamics_bias.process_noise_log" in fixed.state_dict()
+    )
+    assert fixed.model.layers[0].mixer.dynamics_bias(torch.zeros(64))[2].min() > 0
     assert not any("process_noise" in n for n in absent.state_dict())
-    assert absent.model.layers[0].mixer.dynamics()[1].max() == 0
+    assert absent.model.layers[0].mixer.dynamics_bias(torch.zeros(64))[2].max() == 0
 
 
 @pytest.mark.parametrize("kinds", [KLA_PURE, KLA_HYBRID, KLA_OPENING], ids=["pure", "hybrid", "opening"])
@@ -188,11 +191,13 @@ def test_default_initialisation():
     torch.manual_seed(0)
     mixer = KLAForCausalLM(config).model.layers[0].mixer
     assert isinstance(mixer, KLAMixer)
-    step = F.softplus(mixer.delta)
+    step = F.softplus(mixer.dynamics_bias.delta)
     assert step.min() > 9e-4 and step.max() < 0.11
-    assert mixer.skip == -1 and (mixer.lambda_log == 0).all()
-    torch.testing.assert_close(mixer.process_noise_log.exp(), torch.full_like(mixer.delta, 0.01))
-    torch.testing.assert_close(F.softplus(mixer.observation_bias), torch.full((64,), 1 / 16))
+    assert mixer.skip == -1 and (mixer.dynamics_bias.lambda_log == 0).all()
+    torch.testing.assert_close(
+        mixer.dynamics_bias.process_noise_log.exp(), torch.full_like(mixer.dynamics_bias.delta, 0.01)
+    )
+    torch.testing.assert_close(F.softplus(mixer.dynamics_bias.observation_bias), torch.full((64,), 1 / 16))
     assert mixer.conv1d.weight.abs().max() <= 0.5 and math.isclose(mixer.conv1d.bias.abs().max().item(), 0)
 
 

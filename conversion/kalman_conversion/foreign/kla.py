@@ -33,11 +33,11 @@ _MIXER = {
     "value_expand.bias": "value_expand.bias",
     "var_expand.weight": "var_expand.weight",
     "var_expand.bias": "var_expand.bias",
-    "delta": "delta",
-    "lambda_log": "lambda_log",
-    "process_noise": "process_noise",
-    "p_log": "process_noise_log",
-    "obs_noise_bias": "observation_bias",
+    "delta": "dynamics_bias.delta",
+    "lambda_log": "dynamics_bias.lambda_log",
+    "process_noise": "dynamics_bias.process_noise",
+    "p_log": "dynamics_bias.process_noise_log",
+    "obs_noise_bias": "dynamics_bias.observation_bias",
     "lambda_skip": "skip",
     "out_proj.weight": "o_proj.weight",
     "out_proj.bias": "o_proj.bias",
@@ -138,30 +138,7 @@ def export_kla(model: KLAForCausalLM, output: str | Path) -> None:
     config = model.config
     if set(config.layer_types) != {"linear_attention"}:
         raise ValueError(f"`model` must be made of KLA layers alone, got layer_types={config.layer_types}.")
-    names = {ours: theirs for theirs, ours in _MIXER.items()}
-    norms = {ours: theirs for theirs, ours in _NORMS.items()}
-    top = {ours: theirs for theirs, ours in _TOP.items()}
-    state = {name: tensor.to("cpu").contiguous().clone() for name, tensor in model.state_dict().items()}
-    if config.skip == "scalar":
-        state = {name: t.reshape(()) if name.endswith(".mixer.skip") else t for name, t in state.items()}
-    weights = {}
-    for name, tensor in state.items():
-        layer = re.fullmatch(r"model\.layers\.(\d+)\.(.*)", name)
-        if layer is None:
-            if not (name == "lm_head.weight" and config.tie_word_embeddings):
-                weights[top.get(name, name)] = tensor
-            continue
-        index, rest = layer.groups()
-        if rest in norms:
-            weights[f"blocks.{index}.{norms[rest]}"] = tensor
-        elif rest == "mlp.down_proj.weight":
-            weights[f"blocks.{index}.mlp.w3.weight"] = tensor
-        elif rest.startswith("mixer."):
-            weights[f"blocks.{index}.mixer.{names[rest.removeprefix('mixer.')]}"] = tensor
-        elif rest == "mlp.gate_proj.weight":
-            weights[f"blocks.{index}.mlp.w12.weight"] = torch.cat([tensor, state[name.replace("gate_proj", "up_proj")]])
-        elif rest != "mlp.up_proj.weight":
-            raise ValueError(f"`model` holds {name}, which the kla package does not have.")
+    weights = _their_names(model)
     fields = {theirs: getattr(config, ours) for theirs, ours in _FIELDS.items()} | _ONLY
     fields |= {
         "learnable_process_noise": config.process_noise == "learned",
@@ -254,6 +231,36 @@ def _config(found: dict[str, dict[str, Any]], weights: dict[str, Tensor]) -> KLA
         skip="none" if skip is None else "scalar" if skip.ndim == 0 else "channel",
         **{ours: theirs[name] for name, ours in _FIELDS.items() if name in theirs},
     )
+
+
+def _their_names(model: KLAForCausalLM) -> dict[str, Tensor]:
+    """The weights under their names; the two halves of `w12` as one."""
+    config = model.config
+    names = {ours: theirs for theirs, ours in _MIXER.items()}
+    norms = {ours: theirs for theirs, ours in _NORMS.items()}
+    top = {ours: theirs for theirs, ours in _TOP.items()}
+    state = {name: tensor.to("cpu").contiguous().clone() for name, tensor in model.state_dict().items()}
+    if config.skip == "scalar":
+        state = {name: t.reshape(()) if name.endswith(".mixer.skip") else t for name, t in state.items()}
+    weights = {}
+    for name, tensor in state.items():
+        layer = re.fullmatch(r"model\.layers\.(\d+)\.(.*)", name)
+        if layer is None:
+            if not (name == "lm_head.weight" and config.tie_word_embeddings):
+                weights[top.get(name, name)] = tensor
+            continue
+        index, rest = layer.groups()
+        if rest in norms:
+            weights[f"blocks.{index}.{norms[rest]}"] = tensor
+        elif rest == "mlp.down_proj.weight":
+            weights[f"blocks.{index}.mlp.w3.weight"] = tensor
+        elif rest.startswith("mixer."):
+            weights[f"blocks.{index}.mixer.{names[rest.removeprefix('mixer.')]}"] = tensor
+        elif rest == "mlp.gate_proj.weight":
+            weights[f"blocks.{index}.mlp.w12.weight"] = torch.cat([tensor, state[name.replace("gate_proj", "up_proj")]])
+        elif rest != "mlp.up_proj.weight":
+            raise ValueError(f"`model` holds {name}, which the kla package does not have.")
+    return weights
 
 
 def _renamed(weights: dict[str, Tensor], config: KLAConfig) -> dict[str, Tensor]:

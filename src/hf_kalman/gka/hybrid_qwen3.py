@@ -97,4 +97,7 @@ class HybridQwen3ForCausalLM(GKAForCausalLM):
 
 def register_weight_names() -> None:
     """`model.layers.N.gka.*` in their files is `model.layers.N.mixer.*` here, in both directions."""
-    register_checkpoint_conversion_mapping("hybrid_qwen3", [WeightRenaming(r"\.gka\.", ".mixer.")], overwrite=True)
+    renamed: list = [WeightRenaming(r"\.gka\.", ".mixer.")]
+    for name in ("A_log", "dt_bias"):
+        renamed.append(WeightRenaming(rf"\.mixer\.{name}", f".mixer.decay_bias.{name}"))
+    register_checkpoint_conversion_mapping("hybrid_qwen3", renamed, overwrite=True)

@@ -35,7 +35,7 @@ from ..decoder import (
     build_decoder,
     run_decoder,
 )
-from ..layers import ShortConvolution
+from ..layers import ShortConvolution, inverse_softplus
 from .configuration_gka import GKAConfig
 
 __all__ = [
@@ -76,6 +76,23 @@ class GatedRMSNorm(nn.Module):
         return gated_rms_norm(hidden_states, gate, self.weight, self.eps, implementation)
 
 
+class DecayBias(nn.Module):
+    """The part of a decay that the input does not decide: log_decay = -exp(A_log) softplus(gate + dt_bias).
+
+    In a module of its own because it stays in float32 whatever the model's dtype, and called a bias because that is
+    what optimisers exempt from weight decay by name.
+    """
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.A_log = nn.Parameter(torch.zeros(heads))
+        self.dt_bias = nn.Parameter(torch.zeros(heads))
+
+    def forward(self, gate: Tensor) -> Tensor:
+        """(..., heads) to log decays of the same shape in at least float32."""
+        return -widen(self.A_log).exp() * F.softplus(widen(gate) + widen(self.dt_bias))
+
+
 class GKAMixer(nn.Module):
     """Gated KalmaNet layer: project, convolve, gate, solve the ridge regression, read out.
 
@@ -102,8 +119,7 @@ class GKAMixer(nn.Module):
             self.v_conv1d = ShortConvolution(self.v_proj.out_features, config.linear_conv_kernel_dim)
         if config.use_decay:
             self.a_proj = nn.Linear(width, heads, bias=False)
-            self.A_log = nn.Parameter(torch.zeros(heads))
-            self.dt_bias = nn.Parameter(torch.zeros(heads))
+            self.decay_bias = DecayBias(heads)
         if config.use_input_gate:
             self.b_proj = nn.Linear(width, heads, bias=True)
         if config.use_solution_mix:
@@ -230,7 +246,18 @@ class GKAMixer(nn.Module):
             and (length == 1 or not (config.use_local_values or segments is not None))
             and (segments is None or segments.reset is None)
             and all(layer.has_previous_state[slot] for slot in range(2))
+            and self._at_hand(hidden_states.device)
             and serves_mixer_step(hidden_states, *widths, length, solver, config.implementation)
+        )
+
+    def _at_hand(self, device: torch.device) -> bool:
+        """Whether the weights that the fused step takes from submodules are theirs alone, whole and not offloaded."""
+        config = self.config
+        convolutions = [self.q_conv1d, self.k_conv1d, *([self.v_conv1d] if config.use_value_conv else [])]
+        weights = [module.weight for module in (*convolutions, self.o_norm)]
+        weights += [*self.decay_bias.parameters()] if config.use_decay else []
+        return all(type(module) is ShortConvolution for module in convolutions) and all(
+            type(weight) is nn.Parameter and weight.device == device for weight in weights
         )
 
     def _step(
@@ -258,8 +285,8 @@ class GKAMixer(nn.Module):
             self.q_conv1d.weight[:, 0],
             self.k_conv1d.weight[:, 0],
             self.v_conv1d.weight[:, 0] if config.use_value_conv else None,
-            self.A_log if config.use_decay else None,
-            self.dt_bias if config.use_decay else None,
+            self.decay_bias.A_log if config.use_decay else None,
+            self.decay_bias.dt_bias if config.use_decay else None,
             self.o_norm.weight,
             gram,
             value_key,
@@ -335,8 +362,7 @@ class GKAMixer(nn.Module):
         """(value state, Gram matrix) log decays (B, T, H) in at least float32; None for no decay."""
         if not self.config.use_decay:
             return None, None
-        step = F.softplus(widen(self.a_proj(hidden_states)) + widen(self.dt_bias))
-        log_decay = -widen(self.A_log).exp() * step
+        log_decay = self.decay_bias(self.a_proj(hidden_states))
         return log_decay, log_decay if self.config.decay_key_gram else torch.zeros_like(log_decay)
 
 
@@ -356,7 +382,7 @@ class GKAPreTrainedModel(DecoderPreTrainedModel):
 
     config: GKAConfig
     _no_split_modules = ["GKADecoderLayer"]
-    _keep_in_fp32_modules_strict = ["A_log", "dt_bias"]
+    _keep_in_fp32_modules_strict = ["decay_bias"]
     _can_record_outputs = {"hidden_states": GKADecoderLayer, "attentions": DecoderAttention}
 
     def set_solver_iterations(self, solver_iterations: int) -> None:
@@ -375,18 +401,18 @@ class GKAPreTrainedModel(DecoderPreTrainedModel):
             init.ones_(module.weight)
         elif isinstance(module, LowRankLinear):
             init.zeros_(module.linearB.weight)
+        elif isinstance(module, DecayBias):
+            # Drawn in float32 and kept away from 0, so that log never becomes -inf.
+            rate = torch.empty_like(module.A_log, dtype=torch.float32).uniform_(0.01, 16)
+            init.copy_(module.A_log, rate.log())
+            low, high = math.log(1e-3), math.log(1e-1)
+            step = torch.empty_like(module.dt_bias, dtype=torch.float32).uniform_(low, high).exp()
+            init.copy_(module.dt_bias, inverse_softplus(step))
         elif isinstance(module, GKAMixer):
-            self._init_mixer(module)
+            self._init_expansion(module)
 
     @staticmethod
-    def _init_mixer(mixer: GKAMixer) -> None:
-        if mixer.config.use_decay:
-            # Drawn in float32 and kept away from 0, so that log never becomes -inf.
-            rate = torch.empty_like(mixer.A_log, dtype=torch.float32).uniform_(0.01, 16)
-            init.copy_(mixer.A_log, rate.log())
-            low, high = math.log(1e-3), math.log(1e-1)
-            step = torch.empty_like(mixer.dt_bias, dtype=torch.float32).uniform_(low, high).exp().clamp_min(1e-4)
-            init.copy_(mixer.dt_bias, step + torch.log(-torch.expm1(-step)))
+    def _init_expansion(mixer: GKAMixer) -> None:
         for name, groups in (
             ("k_rep", mixer.config.linear_num_key_heads),
             ("v_rep", mixer.config.linear_num_value_heads),

@@ -35,7 +35,7 @@ from ..decoder import (
     build_decoder,
     run_decoder,
 )
-from ..layers import ShortConvolution
+from ..layers import ShortConvolution, inverse_softplus
 from .configuration_kla import KLAConfig
 
 __all__ = [
@@ -92,12 +92,57 @@ def _within(value: Tensor, low: float | None, high: float | None) -> Tensor:
     return value + (value.clamp(low, high) - value).detach()
 
 
+class DynamicsBias(nn.Module):
+    """The part of a filter that the input does not decide: its dynamics, and a bias of its observation noise.
+
+    a = exp(-exp(lambda_log) D) ,   p = noise (1 - a^2) / (2 exp(lambda_log)) ,   D = softplus(delta)
+
+    In a module of its own because it stays in float32 whatever the model's dtype, and called a bias because that is
+    what optimisers exempt from weight decay by name.
+    """
+
+    def __init__(self, config: KLAConfig) -> None:
+        super().__init__()
+        self.config = config
+        shape = config.linear_inner_size, config.linear_state_size
+        self.delta = nn.Parameter(torch.zeros(shape))
+        self.lambda_log = nn.Parameter(torch.zeros(shape))
+        self.noise_name = "process_noise" if config.process_noise_parameterization == "raw" else "process_noise_log"
+        if config.process_noise == "learned":
+            setattr(self, self.noise_name, nn.Parameter(torch.zeros(shape)))
+        elif config.process_noise == "fixed":
+            self.register_buffer(self.noise_name, torch.zeros(shape))
+        if config.use_observation_bias:
+            self.observation_bias = nn.Parameter(torch.zeros(shape[0]))
+
+    def forward(self, log_variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(..., M) from the sensor to the same with its bias; decay and process noise variance of one step, (M, S).
+
+        All in at least float32.
+        """
+        log_variance = widen(log_variance)
+        if self.config.use_observation_bias:
+            log_variance = log_variance + self.observation_bias
+        rate = widen(self.lambda_log).exp()
+        step = F.softplus(widen(self.delta)) + STEP_FLOOR
+        decay = torch.exp(-rate * step)
+        if self.config.process_noise == "none":
+            return log_variance, decay, torch.zeros_like(decay)
+        noise = widen(getattr(self, self.noise_name))
+        if self.config.process_noise_parameterization == "log":
+            noise = noise.exp()
+        noise = _within(noise, NOISE_FLOOR, self.config.process_noise_max)
+        if self.config.discretization == "zoh":
+            return log_variance, decay, noise * step
+        return log_variance, decay, noise * -torch.expm1(-2 * rate * step) / (2 * rate)
+
+
 class KLAMixer(nn.Module):
     """Kalman Linear Attention layer: a scalar Kalman filter per channel and state.
 
     z, gate = W_in h ,   z = SiLU(conv(z))
     v, log s2, k, q = sensors(z) ,   L = 1 / (softplus(log s2) + s2_min) ,   k, q of norm 1
-    a = exp(-exp(lambda_log) D) ,   p = noise (1 - a^2) / (2 exp(lambda_log)) ,   D = softplus(delta)
+    a, p from `DynamicsBias`
     y, var = kalman_linear_attention(v, L, k, q, a, p)
     out = W_out ((y + skip z) SiLU(gate)) ,   out_var = (W_out)^2 (var SiLU(gate)^2)      [arXiv 2602.10743, figure 7]
     """
@@ -123,33 +168,10 @@ class KLAMixer(nn.Module):
             self.value_expand = nn.Linear(value_width, inner, bias=bias)
         if isinstance(config.variance_rank, int):
             self.var_expand = nn.Linear(variance_width, inner, bias=bias)
-        if config.use_observation_bias:
-            self.observation_bias = nn.Parameter(torch.zeros(inner))
-        self.delta = nn.Parameter(torch.zeros(inner, states))
-        self.lambda_log = nn.Parameter(torch.zeros(inner, states))
-        self.noise_name = "process_noise" if config.process_noise_parameterization == "raw" else "process_noise_log"
-        if config.process_noise == "learned":
-            setattr(self, self.noise_name, nn.Parameter(torch.zeros(inner, states)))
-        elif config.process_noise == "fixed":
-            self.register_buffer(self.noise_name, torch.zeros(inner, states))
+        self.dynamics_bias = DynamicsBias(config)
         if config.skip != "none":
             self.skip = nn.Parameter(torch.zeros(1 if config.skip == "scalar" else inner))
         self.o_proj = nn.Linear(inner, width, bias=bias)
-
-    def dynamics(self) -> tuple[Tensor, Tensor]:
-        """(decay, process noise variance) of one step, (M, S) each in at least float32."""
-        rate = widen(self.lambda_log).exp()
-        step = F.softplus(widen(self.delta)) + STEP_FLOOR
-        decay = torch.exp(-rate * step)
-        if self.config.process_noise == "none":
-            return decay, torch.zeros_like(decay)
-        noise = widen(getattr(self, self.noise_name))
-        if self.config.process_noise_parameterization == "log":
-            noise = noise.exp()
-        noise = _within(noise, NOISE_FLOOR, self.config.process_noise_max)
-        if self.config.discretization == "zoh":
-            return decay, noise * step
-        return decay, noise * -torch.expm1(-2 * rate * step) / (2 * rate)
 
     def forward(
         self,
@@ -240,16 +262,15 @@ class KLAMixer(nn.Module):
             value = inputs
         elif hasattr(self, "value_expand"):
             value = self.value_expand(value)
-        log_variance = widen(self.var_expand(code) if hasattr(self, "var_expand") else code)
-        if config.use_observation_bias:
-            log_variance = log_variance + self.observation_bias
+        code = self.var_expand(code) if hasattr(self, "var_expand") else code
+        log_variance, decay, process_noise = self.dynamics_bias(code)
         variance = F.softplus(log_variance) + config.observation_variance_min
         if config.observation_variance_max is not None:
             variance = _within(variance, None, config.observation_variance_max)
         key, query = widen(key), widen(query)
         if config.linear_qk_norm:
             key, query = (F.normalize(t, dim=-1, eps=NORM_FLOOR) for t in (key, query))
-        return value, 1 / variance, key, query, *self.dynamics()
+        return value, 1 / variance, key, query, decay, process_noise
 
 
 class KLADecoderLayer(DecoderLayer):
@@ -274,38 +295,31 @@ class KLAPreTrainedModel(DecoderPreTrainedModel):
 
     config: KLAConfig
     _no_split_modules = ["KLADecoderLayer"]
-    _keep_in_fp32_modules_strict = [
-        "delta",
-        "lambda_log",
-        "process_noise",
-        "process_noise_log",
-        "observation_bias",
-    ]
+    _keep_in_fp32_modules_strict = ["dynamics_bias"]
     _can_record_outputs = {"hidden_states": KLADecoderLayer, "attentions": DecoderAttention}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, KLAMixer):
-            self._init_mixer(module)
+        if isinstance(module, DynamicsBias):
+            self._init_dynamics(module)
+        elif isinstance(module, KLAMixer) and module.config.skip != "none":
+            init.constant_(module.skip, module.config.skip_init)
 
     @staticmethod
-    def _init_mixer(mixer: KLAMixer) -> None:
-        config = mixer.config
+    def _init_dynamics(dynamics: DynamicsBias) -> None:
+        config = dynamics.config
         low, high = math.log(config.dt_min), math.log(config.dt_max)
-        step = torch.empty_like(mixer.delta, dtype=torch.float32).uniform_(low, high).exp()
-        step = step.clamp_min(config.dt_init_floor)
-        init.copy_(mixer.delta, step + torch.log(-torch.expm1(-step)))
-        init.zeros_(mixer.lambda_log)
+        step = torch.empty_like(dynamics.delta, dtype=torch.float32).uniform_(low, high).exp()
+        init.copy_(dynamics.delta, inverse_softplus(step.clamp_min(config.dt_init_floor)))
+        init.zeros_(dynamics.lambda_log)
         if config.process_noise != "none":
             noise = 0.01 if config.process_noise_init is None else config.process_noise_init
             noise = math.log(noise) if config.process_noise_parameterization == "log" else noise
-            init.constant_(getattr(mixer, mixer.noise_name), noise)
-        if config.skip != "none":
-            init.constant_(mixer.skip, config.skip_init)
+            init.constant_(getattr(dynamics, dynamics.noise_name), noise)
         if config.use_observation_bias:
             # A variance of 1 / S where the sensor says 0.
-            init.constant_(mixer.observation_bias, math.log(math.expm1(1 / config.linear_state_size)))
+            init.constant_(dynamics.observation_bias, math.log(math.expm1(1 / config.linear_state_size)))
 
 
 class KLAModel(KLAPreTrainedModel):
