@@ -19,8 +19,11 @@ from kalman_kernels import Segments
 
 __all__ = ["KalmanCacheLayer", "cache_bytes", "swap_cache_layers"]
 
-# Tokens after which a recording layer copies its state anew; a rollback reaches back at least so far.
+# A rollback reaches back at least so many tokens; a recording layer copies its state no later than after so many.
 WINDOW = 64
+# Last stretches that are kept apart, each with its own copy of the state: a call of several tokens is a guess to be
+# verified, and going back into it shall run no more than its own tokens again.
+APART = 2
 
 
 class SingleLayer(NamedTuple):
@@ -166,12 +169,11 @@ class KalmanCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         """
         if not self.record_past:
             return
-        if not self.stretches or self.stretches[-1].tokens >= WINDOW:
+        if not self.stretches or self.stretches[-1].tokens >= WINDOW or hidden_states.shape[1] > 1:
 
             def copy(value):
                 return value.clone() if isinstance(value, Tensor) else value
 
-            self.stretches = self.stretches[-1:]
             self.stretches.append(
                 _Stretch(
                     {slot: copy(state) for slot, state in self.conv_states.items()},
@@ -181,8 +183,17 @@ class KalmanCacheLayer(LinearAttentionLayer, CacheLayerMixin):
                     [],
                 )
             )
+            self._thin()
         self.replay, self.layer_idx = replay, layer_idx
         self.stretches[-1].calls.append((hidden_states.detach(), segments))
+
+    def _thin(self) -> None:
+        """Give up copies that a rollback over the window does not need."""
+        joined = -APART - 1
+        if len(self.stretches) > APART + 1 and self.stretches[joined - 1].tokens < WINDOW:
+            self.stretches[joined - 1].calls.extend(self.stretches.pop(joined).calls)
+        while sum(stretch.tokens for stretch in self.stretches[1:]) >= WINDOW:
+            self.stretches.pop(0)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens exactly: go back to a copied state and run the tokens that stay again.
@@ -220,6 +231,8 @@ class KalmanCacheLayer(LinearAttentionLayer, CacheLayerMixin):
                 calls.append((hidden_states[:, :kept], cut))
             kept -= hidden_states.shape[1]
         self._restore(stretch)
+        if calls and all(cut is None for _, cut in calls):
+            calls = [(torch.cat([hidden_states for hidden_states, _ in calls], dim=1), None)]
         with torch.no_grad():
             for call in calls:
                 # Each call is recorded again.

@@ -4,8 +4,8 @@
     python -m hf_kalman.run trl sft --model_name_or_path FOLDER ...
     python -m hf_kalman.run train.py ...
 
-COMMAND is a Python file, an installed program or a module. It runs in this process, after the registration; programs that
-start further processes (`accelerate launch`) need `import hf_kalman` in what they start.
+COMMAND is a Python file, an installed program or a module. It runs in this process, after the registration; programs
+that start further processes (`accelerate launch`) need `import hf_kalman` in what they start.
 """
 
 import runpy

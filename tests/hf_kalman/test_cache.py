@@ -104,7 +104,7 @@ def test_crop_goes_back_exactly(name, calls):
     skip_where_sliding_layers_record_one_call(name, len(calls))
     model, ids = tiny_model(SHAPES[name]), tokens(2, 100)
     last = tokens(2, 4, seed=3)
-    for removed in sorted({1, 2, calls[-1], min(5, sum(calls)), sum(calls) - 1}):
+    for removed in sorted({1, 2, calls[-1], min(5, sum(calls)), min(64, sum(calls) - 1)}):
         with torch.no_grad():
             cache = model(ids[:, :9], use_cache=True).past_key_values
             cache.activate_past_recording()
@@ -153,6 +153,21 @@ def test_a_recording_layer_forgets_what_is_old():
     assert 64 <= recorded <= 128
     cache.crop(-64)
     assert cache.get_seq_length() == 9 + 200 - 64
+
+
+def test_guesses_of_several_tokens_keep_few_copies_and_run_little_again():
+    model, cache = filled(PURE)
+    cache.activate_past_recording()
+    for _ in range(60):
+        model(tokens(2, 4), past_key_values=cache)
+        assert len(cache.layers[0].stretches) <= 5
+    assert 64 <= sum(stretch.tokens for stretch in cache.layers[0].stretches) <= 200
+    lengths = []
+    model.model.layers[0].mixer.q_proj.register_forward_hook(lambda _, inputs, __: lengths.append(inputs[0].shape[1]))
+    cache.crop(-1)
+    assert lengths == [3]
+    cache.crop(-60)
+    assert cache.get_seq_length() == 9 + 240 - 61 and len(lengths) == 2
 
 
 def test_foreign_caches_are_refused():

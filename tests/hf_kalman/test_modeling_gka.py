@@ -90,6 +90,21 @@ def test_solver_iterations_of_one_call_and_of_all():
             model.set_solver_iterations(wrong)
 
 
+def test_a_tolerance_from_now_on():
+    model, ids = tiny_model(PURE, solver_iterations=30), tokens(2, 20)
+    exact = model(ids).logits
+    differences = []
+    for tolerance in (0.3, 1e-2, 0.0):
+        model.set_solver_iterations(30, tolerance)
+        differences.append((model(ids).logits - exact).norm().item())
+    assert differences[0] > differences[1] > differences[2] == 0
+    with pytest.raises(ValueError, match="`solver_tolerance` must be >= 0 and < 1, got 1.5"):
+        model.set_solver_iterations(30, 1.5)
+    assert model.config.solver_tolerance == 0
+    with pytest.raises(Exception, match="`solver_tolerance` needs solver='cg', got 0.1 with 'chebyshev'"):
+        tiny_config(PURE, solver="chebyshev", solver_tolerance=0.1)
+
+
 def test_solver_can_change_without_reloading():
     model, ids = tiny_model(solver="chebyshev", solver_iterations=30), tokens(1, 30)
     with torch.no_grad():

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kalman_kernels import GKASolver, GKAState, Segments, gated_kalmanet
 from kalman_kernels.dispatch import choose
 from kalman_kernels.gka import IMPLEMENTATIONS, chunked
+from kalman_kernels.gka.reference import solve_ridge
 
 LENGTHS = (1, 5, 63, 64, 65, 130)
 KINDS = ("plain", "packed", "padded", "packed+padded")
@@ -121,6 +122,32 @@ def test_iterative_solvers_have_the_exact_gradients(solver, bound):
         for n, a, b in zip(NAMES, gradients(inputs, cotangents, solver=solver), exact, strict=True)
     }
     assert {n: e for n, e in errors.items() if not e <= bound} == {}
+
+
+@pytest.mark.parametrize("tolerance", [0.1, 1e-2, 1e-4])
+def test_a_tolerance_is_kept_and_saves_products(tolerance, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(5, 40, 24, generator=generator, dtype=torch.float64)
+    gram, query = rows.mT @ rows, torch.randn(5, 24, generator=generator, dtype=torch.float64)
+    norm = gram.flatten(1).norm(dim=1)
+    solver = GKASolver("cg", 60, tolerance=tolerance)
+    x = solve_ridge(gram, query, norm, 0.02 * norm, solver)
+    left = query - (gram @ x[..., None])[..., 0] - 0.02 * norm[:, None] * x
+    relative = left.norm(dim=1) / query.norm(dim=1)
+    assert tolerance / 100 < relative.max() <= tolerance
+
+    inputs, products = make_inputs(130), []
+    cotangents = make_cotangents(inputs)
+    product = chunked._Ridge.product
+    monkeypatch.setattr(chunked._Ridge, "product", lambda *a: products.append(0) or product(*a))
+    found = gradients(inputs, cotangents, solver=solver)
+    spent = len(products)
+    assert spent < 0.7 * 2 * 60
+    outputs = [call(inputs, implementation=kind, solver=solver)[0] for kind in ("torch", "reference")]
+    assert relative_error(*outputs) <= 1e-9
+    # The gradient is that of the equation, solved to the same tolerance; the reference's is that of its steps.
+    errors = [relative_error(a, b) for a, b in zip(found, gradients(inputs, cotangents), strict=True)]
+    assert tolerance / 1000 < max(errors) <= 10 * tolerance, errors
 
 
 def test_blocks_do_not_change_the_result(monkeypatch):
@@ -320,7 +347,7 @@ def test_registered_operators_are_well_formed():
     query, key, value, log_decay, mix, key_log_decay, gate, gram, value_key = make_inputs(9, dtype=torch.float32)
     tensors = (query, key, value, log_decay, key_log_decay, mix, gate, None, gram, value_key)
     leaves = tuple(t if t is None else t.clone().requires_grad_() for t in tensors)
-    arguments = ("cg", 4, 0.02, True, 1.0)
+    arguments = ("cg", 4, 0.02, True, 0.0, 1.0)
     torch.library.opcheck(torch.ops.kalman_kernels.gka_chunked.default, (*leaves, *arguments, True))
     one = tuple(t[:, :1] if t is not None and t.ndim > 2 and i < 7 else t for i, t in enumerate(tensors))
     torch.library.opcheck(torch.ops.kalman_kernels.gka_step.default, (*one, *arguments))
@@ -360,6 +387,8 @@ def test_activation_checkpointing_gives_the_same_gradients():
         ({"segments": Segments(valid=torch.ones(2, 5))}, "`segments.valid` must be a bool"),
         ({"solver": GKASolver("newton")}, "`solver.method` must be"),
         ({"solver": GKASolver("cg", -1)}, "`solver.iterations` must be"),
+        ({"solver": GKASolver("cg", tolerance=1.0)}, "`solver.tolerance` must be >= 0 and < 1, got 1.0"),
+        ({"solver": GKASolver(tolerance=0.1)}, "`solver.tolerance` is of solver.method='cg', got 0.1 with 'chebyshev'"),
         ({"solver": GKASolver(ridge_ratio=0.0)}, "`solver.ridge_ratio` must be > 0"),
         ({"implementation": "cuda"}, "`implementation` must be one of"),
     ],

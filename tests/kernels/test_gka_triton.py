@@ -71,6 +71,18 @@ def test_half_precision(dtype):
     assert {n: e for n, e in found.items() if not e <= 1e-2} == {}
 
 
+def test_a_tolerance_ends_the_solve_early_and_as_in_torch():
+    inputs = [t.float() for t in make_inputs(37, **SMALL)]
+    loose, tight = (call(inputs, CG._replace(tolerance=t), None, "triton")[0] for t in (0.3, 0.0))
+    same = call(inputs, CG._replace(tolerance=0.3), None, "torch")[0]
+    exact = call([t.double() for t in inputs], EXACT)[0]
+    assert 1e-3 < relative_error(loose, exact) < 0.3 and relative_error(tight, exact) < 1e-5
+    assert relative_error(loose, same.double()) < 1e-2
+    one = [t[:, :1] if i < 7 else t for i, t in enumerate(inputs)]
+    loose, tight = (call(one, CG._replace(tolerance=t), None, "triton")[0] for t in (0.3, 0.0))
+    assert relative_error(loose, tight.double()) > 1e-3
+
+
 def test_without_a_solve():
     inputs = [t.float() for t in make_inputs(20, **SMALL)]
     nothing = GKASolver("cg", 0)
@@ -173,7 +185,7 @@ def test_registered_operators_are_well_formed():
     )
     tensors = (query, key, value, log_decay, key_log_decay, mix, gate, None, gram, value_key)
     leaves = tuple(t if t is None else t.clone().requires_grad_() for t in tensors)
-    arguments = ("cg", 3, 0.02, True, 1.0)
+    arguments = ("cg", 3, 0.02, True, 0.0, 1.0)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(
         torch.ops.kalman_kernels.gka_triton_forward.default, (*leaves, *arguments, True), test_utils=checks

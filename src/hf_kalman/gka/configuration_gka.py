@@ -11,7 +11,15 @@ from huggingface_hub.dataclasses import strict
 
 from ..configuration import DecoderConfig
 
-__all__ = ["GKAConfig"]
+__all__ = ["GKAConfig", "check_tolerance"]
+
+
+def check_tolerance(solver_tolerance: float, solver: str) -> None:
+    """Raise `ValueError` when a tolerance is out of its range or has no solver to heed it."""
+    if not 0 <= solver_tolerance < 1:
+        raise ValueError(f"`solver_tolerance` must be >= 0 and < 1, got {solver_tolerance!r}.")
+    if solver_tolerance and solver != "cg":
+        raise ValueError(f"`solver_tolerance` needs solver='cg', got {solver_tolerance!r} with {solver!r}.")
 
 
 @strict
@@ -44,6 +52,8 @@ class GKAConfig(DecoderConfig):
         solver: how the ridge regression is solved: "chebyshev" (the published polynomial), "cg", "exact".
         solver_iterations: products with the Gram matrix. May be changed at any time without reloading; 0 skips the
             solve.
+        solver_tolerance: with `solver="cg"`, the relative residual at which a token's solve ends before
+            `solver_iterations`; 0 for the data type's own. May be changed at any time.
         ridge_ratio: ridge over Frobenius norm of the Gram matrix. May be changed at any time.
         ridge_gradient: whether gradients flow through the ridge's dependence on the keys.
         implementation: "auto", "triton", "torch" or "reference" implementation of the operators.
@@ -78,6 +88,7 @@ class GKAConfig(DecoderConfig):
     linear_kv_residual: bool = False
     solver: Literal["chebyshev", "cg", "exact"] = "chebyshev"
     solver_iterations: int = 30
+    solver_tolerance: float | int = 0.0
     ridge_ratio: float = 0.02
     ridge_gradient: bool = True
     implementation: Literal["auto", "reference", "torch", "triton"] = "auto"
@@ -124,6 +135,7 @@ class GKAConfig(DecoderConfig):
             raise ValueError(f"`linear_conv_kernel_dim` must be >= 1, got {self.linear_conv_kernel_dim}.")
         if self.solver_iterations < 0:
             raise ValueError(f"`solver_iterations` must be >= 0, got {self.solver_iterations}.")
+        check_tolerance(self.solver_tolerance, self.solver)
         if not self.ridge_ratio > 0:
             raise ValueError(f"`ridge_ratio` must be > 0, got {self.ridge_ratio}.")
         if self.linear_kv_rank is not None and self.linear_kv_rank < 1:

@@ -36,7 +36,7 @@ from ..decoder import (
     run_decoder,
 )
 from ..layers import ShortConvolution, inverse_softplus
-from .configuration_gka import GKAConfig
+from .configuration_gka import GKAConfig, check_tolerance
 
 __all__ = [
     "GKAForCausalLM",
@@ -150,7 +150,9 @@ class GKAMixer(nn.Module):
     def solver(self) -> GKASolver:
         """The solver that the configuration asks for at this moment."""
         config = self.config
-        return GKASolver(config.solver, config.solver_iterations, config.ridge_ratio, config.ridge_gradient)
+        return GKASolver(
+            config.solver, config.solver_iterations, config.ridge_ratio, config.ridge_gradient, config.solver_tolerance
+        )
 
     def forward(
         self,
@@ -385,13 +387,20 @@ class GKAPreTrainedModel(DecoderPreTrainedModel):
     _keep_in_fp32_modules_strict = ["decay_bias"]
     _can_record_outputs = {"hidden_states": GKADecoderLayer, "attentions": DecoderAttention}
 
-    def set_solver_iterations(self, solver_iterations: int) -> None:
-        """Change the iterations of every mixer's solver from now on, without reloading; `save_pretrained` keeps it.
+    def set_solver_iterations(self, solver_iterations: int, solver_tolerance: float | None = None) -> None:
+        """Change the solver of every mixer from now on, without reloading; `save_pretrained` keeps it.
+
+        Args:
+            solver_iterations: as in the configuration.
+            solver_tolerance: as in the configuration: fewer iterations where they are not needed; None leaves it.
 
         Raises:
-            ValueError: it is negative.
+            ValueError: one of them is out of its range.
         """
         _check_iterations(solver_iterations)
+        if solver_tolerance is not None:
+            check_tolerance(solver_tolerance, self.config.solver)
+            self.config.solver_tolerance = solver_tolerance
         self.config.solver_iterations = solver_iterations
 
     @torch.no_grad()

@@ -198,8 +198,10 @@ class _Ridge:
         rr = residual.square().sum(-1, keepdim=True)
         # A row stops where its residual is rounding noise: what follows would only stir that noise. An empty state
         # (curvature 0) never starts.
-        done = CG_FLOOR * torch.finfo(rr.dtype).eps ** 2 * rr
+        done = self.solver.squared_tolerance(CG_FLOOR * torch.finfo(rr.dtype).eps ** 2) * rr
         for _ in range(self.solver.iterations):
+            if self.solver.tolerance and not bool((rr > done).any()):
+                break
             image = self.product(direction)
             curvature = (direction * image).sum(-1, keepdim=True)
             active = (rr > done) & (curvature > 0)

@@ -105,6 +105,7 @@ def _mixer_step(
     iterations: int,
     ridge_ratio: float,
     ridge_gradient: bool,
+    tolerance: float,
     key_silu: bool,
     value_silu: bool,
     decay_gram: bool,
@@ -134,7 +135,7 @@ def _mixer_step(
         value_key,
         valid,
     )
-    solver = GKASolver(method, iterations, ridge_ratio, ridge_gradient)  # pyright: ignore[reportArgumentType]
+    solver = GKASolver(method, iterations, ridge_ratio, ridge_gradient, tolerance)  # pyright: ignore[reportArgumentType]
     return gka_triton_mixer_step(inputs, solver, MixerOptions(key_silu, value_silu, decay_gram, scale, eps))
 
 

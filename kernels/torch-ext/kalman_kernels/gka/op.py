@@ -354,11 +354,13 @@ def _step(
     iterations: int,
     ridge_ratio: float,
     ridge_gradient: bool,
+    tolerance: float,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = Inputs(query, key, value, log_decay, key_log_decay, solution_mix, input_gate, numbers)
+    solver = GKASolver(method, iterations, ridge_ratio, ridge_gradient, tolerance)  # pyright: ignore[reportArgumentType]
     with torch.autocast(query.device.type, enabled=False):
-        return gka_step(inputs, gram, value_key, _solver(method, iterations, ridge_ratio, ridge_gradient), scale)
+        return gka_step(inputs, gram, value_key, solver, scale)
 
 
 @torch.library.custom_op("kalman_kernels::gka_chunked", mutates_args=())
@@ -377,11 +379,12 @@ def _forward(
     iterations: int,
     ridge_ratio: float,
     ridge_gradient: bool,
+    tolerance: float,
     scale: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = Inputs(query, key, value, log_decay, key_log_decay, solution_mix, input_gate, numbers)
-    solver = _solver(method, iterations, ridge_ratio, ridge_gradient)
+    solver = GKASolver(method, iterations, ridge_ratio, ridge_gradient, tolerance)  # pyright: ignore[reportArgumentType]
     with torch.autocast(query.device.type, enabled=False):
         return gka_chunked_forward(inputs, gram, value_key, solver, scale, keep)
 
@@ -408,18 +411,15 @@ def _backward(
     iterations: int,
     ridge_ratio: float,
     ridge_gradient: bool,
+    tolerance: float,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = Inputs(query, key, value, log_decay, key_log_decay, solution_mix, input_gate, numbers)
-    solver = _solver(method, iterations, ridge_ratio, ridge_gradient)
+    solver = GKASolver(method, iterations, ridge_ratio, ridge_gradient, tolerance)  # pyright: ignore[reportArgumentType]
     with torch.autocast(query.device.type, enabled=False):
         saved = (solutions, grams, value_keys)
         gradients = gka_chunked_backward(inputs, saved, d_outputs, d_gram, d_value_key, gram, solver, scale)
         return gradients  # pyright: ignore[reportReturnType] - nine tensors
-
-
-def _solver(method: str, iterations: int, ridge_ratio: float, ridge_gradient: bool) -> GKASolver:
-    return GKASolver(method, iterations, ridge_ratio, ridge_gradient)  # pyright: ignore[reportArgumentType]
 
 
 @_step.register_fake
@@ -451,8 +451,8 @@ def _backward_fake(query, key, value, log_decay, key_log_decay, solution_mix, in
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, method, iterations, ridge_ratio, ridge_gradient, scale, keep = inputs
-    ctx.numbers = (method, iterations, ridge_ratio, ridge_gradient, scale)
+    *tensors, _ = inputs
+    tensors, ctx.numbers = tensors[:10], tensors[10:]
     ctx.save_for_backward(*tensors, *output[3:])
 
 
@@ -460,7 +460,7 @@ def _autograd_backward(ctx, d_outputs, d_gram, d_value_key, *_):
     gradients = _backward(
         *ctx.saved_tensors, d_outputs.contiguous(), d_gram.contiguous(), d_value_key.contiguous(), *ctx.numbers
     )
-    return *gradients[:7], None, *gradients[7:], None, None, None, None, None, None
+    return *gradients[:7], None, *gradients[7:], *[None] * (len(ctx.numbers) + 1)
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
@@ -485,10 +485,11 @@ def _triton_step(
     iterations: int,
     ridge_ratio: float,
     ridge_gradient: bool,
+    tolerance: float,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = TritonInputs(query, key, value, log_decay, key_log_decay, solution_mix, input_gate, numbers)
-    solver = _solver(method, iterations, ridge_ratio, ridge_gradient)
+    solver = GKASolver(method, iterations, ridge_ratio, ridge_gradient, tolerance)  # pyright: ignore[reportArgumentType]
     outputs, gram, value_key, *_ = gka_triton_step(inputs, (gram, value_key), solver, scale, in_place=False)
     return outputs, gram, value_key
 
@@ -509,12 +510,13 @@ def _triton_forward(
     iterations: int,
     ridge_ratio: float,
     ridge_gradient: bool,
+    tolerance: float,
     scale: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = TritonInputs(query, key, value, log_decay, key_log_decay, solution_mix, input_gate, numbers)
     initial = None if gram is None or value_key is None else (gram, value_key)
-    solver = _solver(method, iterations, ridge_ratio, ridge_gradient)
+    solver = GKASolver(method, iterations, ridge_ratio, ridge_gradient, tolerance)  # pyright: ignore[reportArgumentType]
     return gka_triton_forward(inputs, initial, solver, scale, keep)
 
 
@@ -540,11 +542,12 @@ def _triton_backward(
     iterations: int,
     ridge_ratio: float,
     ridge_gradient: bool,
+    tolerance: float,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = TritonInputs(query, key, value, log_decay, key_log_decay, solution_mix, input_gate, numbers)
     initial = None if gram is None or value_key is None else (gram, value_key)
-    solver = _solver(method, iterations, ridge_ratio, ridge_gradient)
+    solver = GKASolver(method, iterations, ridge_ratio, ridge_gradient, tolerance)  # pyright: ignore[reportArgumentType]
     gradients = gka_triton_backward(
         inputs, initial, solutions, solution_sizes, norms, d_outputs, d_gram, d_value_key, solver, scale
     )
@@ -591,7 +594,7 @@ def _triton_autograd(ctx, d_outputs, d_gram, d_value_key, *_):
     gradients = list(_triton_backward(*saved, d_outputs.contiguous(), *states, *ctx.numbers))
     gradients = gradients[:7] + [None] + gradients[7:]
     gradients = [None if leaf is None else g for leaf, g in zip(leaves, gradients, strict=True)]
-    return *gradients, None, None, None, None, None, None
+    return *gradients, *[None] * (len(ctx.numbers) + 1)
 
 
 _triton_forward.register_autograd(_triton_autograd, setup_context=_triton_setup_context)

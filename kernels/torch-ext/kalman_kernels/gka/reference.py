@@ -38,12 +38,20 @@ class GKASolver(NamedTuple):
         iterations: matrix-vector products. 0 skips the solve (x_t = q_t): gated linear attention.
         ridge_ratio: lambda_t / ||H_t||_F, > 0. It bounds the condition number by (1 + ridge_ratio) / ridge_ratio.
         ridge_gradient: whether gradients flow through lambda_t's dependence on the keys.
+        tolerance: of "cg": a token is done where ||q_t - (H_t + lambda_t I) x_t|| is this fraction of ||q_t||, and the
+            solve where all tokens are, within `iterations`. 0 goes on to the rounding errors of the data type. The
+            backward pass solves to the same tolerance.
     """
 
     method: Literal["chebyshev", "cg", "exact"] = "chebyshev"
     iterations: int = 30
     ridge_ratio: float = 0.02
     ridge_gradient: bool = True
+    tolerance: float = 0.0
+
+    def squared_tolerance(self, floor: float) -> float:
+        """Squared relative residual at which a row stops: no lower than `floor`, what the data type allows."""
+        return max(floor, self.tolerance**2)
 
     def check(self, name: str) -> None:
         """Raise `ValueError` when a field of the solver handed to the operator `name` is out of its range."""
@@ -55,6 +63,12 @@ class GKASolver(NamedTuple):
             raise ValueError(
                 f"{name}: `solver.ridge_ratio` must be > 0 (it keeps the solve well conditioned), got "
                 f"{self.ridge_ratio!r}."
+            )
+        if not 0 <= self.tolerance < 1:
+            raise ValueError(f"{name}: `solver.tolerance` must be >= 0 and < 1, got {self.tolerance!r}.")
+        if self.tolerance and self.method != "cg":
+            raise ValueError(
+                f"{name}: `solver.tolerance` is of solver.method='cg', got {self.tolerance!r} with {self.method!r}."
             )
 
 
@@ -88,8 +102,10 @@ def solve_ridge(gram: Tensor, query: Tensor, norm: Tensor, ridge: Tensor, solver
     else:
         x, residual, direction = torch.zeros_like(query), query, query
         rr = (residual * residual).sum(-1, keepdim=True)
-        done = CG_FLOOR * torch.finfo(rr.dtype).eps ** 2 * rr
+        done = solver.squared_tolerance(CG_FLOOR * torch.finfo(rr.dtype).eps ** 2) * rr
         for _ in range(solver.iterations):
+            if solver.tolerance and not bool((rr > done).any()):
+                break
             image = product(direction)
             curvature = (direction * image).sum(-1, keepdim=True)
             active = (rr > done) & (curvature > 0)

@@ -747,7 +747,7 @@ def launch_solve(
         count.planes,
         solver.iterations,
         solver.ridge_ratio,
-        config.tolerance,
+        solver.squared_tolerance(config.tolerance),
         METHOD=method(solver),
         ADJOINT=adjoint is not None,
         RIDGE=ridge_gradient,
