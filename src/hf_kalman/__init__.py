@@ -26,6 +26,7 @@ _PUBLIC = {
     "KLAModel": ".kla.modeling_kla",
     "KLAPreTrainedModel": ".kla.modeling_kla",
     "KalmanCacheLayer": ".cache",
+    "encode_chunks": ".composition",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]  # pyright: ignore[reportUnsupportedDunderAll]

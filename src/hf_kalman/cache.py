@@ -66,6 +66,8 @@ class KalmanCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         self.cumulative_length: int | Tensor = torch.tensor(0) if static else 0
         self.stretches: list[_Stretch] = []
         self.layer_idx = -1
+        # Where a list, a Gated KalmaNet layer leaves its log decays (B, H) over the call: Gram matrix's, value state's.
+        self.log_decays: list[Tensor] | None = None
         self.replay: Callable[[SingleLayer, Tensor, Segments | None], object] | None = None
         # The first full-attention layer of the same cache. transformers 5.17 sizes the masks of attention layers
         # by the first layer that does not slide, whatever its kind.

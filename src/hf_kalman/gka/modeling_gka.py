@@ -235,6 +235,8 @@ class GKAMixer(nn.Module):
             layer.write(1, k_past, state.value_key)
             layer.write(2, v_past, None)
             layer.advance(hidden_states.shape[1])
+            if layer.log_decays is not None and log_decay is not None:
+                layer.log_decays += [key_log_decay.sum(1), log_decay.sum(1)]
         gate = self.g_proj(hidden_states).view_as(outputs) if self.config.use_output_gate else None
         return self.o_norm(outputs, gate, self.config.implementation).flatten(-2), local
 
