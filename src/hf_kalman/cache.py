@@ -66,6 +66,8 @@ class KalmanCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         self.cumulative_length: int | Tensor = torch.tensor(0) if static else 0
         self.stretches: list[_Stretch] = []
         self.layer_idx = -1
+        # Model type and size of the states of the configuration that it serves.
+        self.made_for: tuple[str, int] | None = None
         # Where a list, a Gated KalmaNet layer leaves its log decays (B, H) over the call: Gram matrix's, value state's.
         self.log_decays: list[Tensor] | None = None
         self.replay: Callable[[SingleLayer, Tensor, Segments | None], object] | None = None
@@ -115,6 +117,26 @@ class KalmanCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         if torch.is_grad_enabled():
             context, state = (None if t is None else t.clone() for t in (context, state))
         return context, state
+
+    def claim(self, made_for: tuple[str, int]) -> None:
+        """Belong to a model from now on.
+
+        Raises:
+            ValueError: the layer belongs to one of another kind or width.
+        """
+        if self.made_for not in (None, made_for):
+            raise ValueError(
+                "`past_key_values` must be fresh or filled by this model, but its states are of a "
+                f"{self.made_for[0]} model with layers of another kind or width; build a new one with "
+                "DynamicCache(config=model.config)."
+            )
+        self.made_for = made_for
+
+    @property
+    def rows(self) -> int | None:
+        """Sequences that the states are of; None where nothing has been written yet."""
+        held = (*self.conv_states.values(), *self.recurrent_states.values())
+        return next((state.shape[0] for state in held if state is not None), None)
 
     def write(self, slot: int, conv_state: Tensor | None, recurrent_state: Tensor | None) -> None:
         """Replace what a slot holds, in place once it has been allocated (addresses stay for CUDA graphs)."""
@@ -285,7 +307,7 @@ class KalmanCacheLayer(LinearAttentionLayer, CacheLayerMixin):
                     states[slot] = function(state)
 
 
-def swap_cache_layers(cache: Cache, layer_types: list[str], number_of_states: int) -> Cache:
+def swap_cache_layers(cache: Cache, config: PreTrainedConfig) -> Cache:
     """Replace the host's untouched linear-attention layers of `cache` by `KalmanCacheLayer`, in place.
 
     The cache itself stays the object that it was: the host's generation code looks at its class.
@@ -293,6 +315,7 @@ def swap_cache_layers(cache: Cache, layer_types: list[str], number_of_states: in
     Raises:
         ValueError: the cache was made without `config=` or for another model.
     """
+    layer_types, made_for = config.layer_types, (config.model_type, config.linear_state_bytes(2))
     if len(cache.layers) != len(layer_types):
         raise ValueError(
             f"`past_key_values` must hold one entry per layer ({len(layer_types)}), got {len(cache.layers)}; build it "
@@ -300,7 +323,10 @@ def swap_cache_layers(cache: Cache, layer_types: list[str], number_of_states: in
         )
     for index, kind in enumerate(layer_types):
         layer = cache.layers[index]
-        if kind != "linear_attention" or isinstance(layer, KalmanCacheLayer):
+        if kind != "linear_attention":
+            continue
+        if isinstance(layer, KalmanCacheLayer):
+            layer.claim(made_for)
             continue
         if not isinstance(layer, LinearAttentionLayer) or isinstance(layer, CacheLayerMixin):
             raise ValueError(
@@ -311,7 +337,8 @@ def swap_cache_layers(cache: Cache, layer_types: list[str], number_of_states: in
             raise ValueError(
                 f"`past_key_values` must be fresh or filled by this model, but layer {index} was filled by another one."
             )
-        cache.layers[index] = KalmanCacheLayer(number_of_states, static=isinstance(cache, StaticCache))
+        cache.layers[index] = KalmanCacheLayer(config.number_of_conv_states, static=isinstance(cache, StaticCache))
+        cache.layers[index].claim(made_for)
         if layer.record_past:
             cache.layers[index].activate_past_recording()
     full = next(

@@ -72,7 +72,7 @@ def encode_chunks(
         caches.append(_encode(decoder, chunk, sum(lengths)))
         lengths.append(chunk.shape[1])
     merged = DynamicCache(config=decoder.config)
-    swap_cache_layers(merged, decoder.config.layer_types, decoder.config.number_of_conv_states)
+    swap_cache_layers(merged, decoder.config)
     for index, (layer, block) in enumerate(zip(merged.layers, decoder.layers, strict=True)):
         parts = [cache.layers[index] for cache in caches]
         if not isinstance(layer, KalmanCacheLayer):
@@ -106,7 +106,7 @@ def _check(chunks: Sequence[Tensor], method: str) -> None:
 
 def _encode(decoder: PreTrainedModel, chunk: Tensor, start: int) -> Cache:
     cache = DynamicCache(config=decoder.config)
-    swap_cache_layers(cache, decoder.config.layer_types, decoder.config.number_of_conv_states)
+    swap_cache_layers(cache, decoder.config)
     for layer in cache.layers:
         if isinstance(layer, KalmanCacheLayer):
             layer.log_decays = []

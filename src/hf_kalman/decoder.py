@@ -38,7 +38,7 @@ from transformers.models.llama.modeling_llama import (
 
 from kalman_kernels import Segments
 
-from .cache import swap_cache_layers
+from .cache import KalmanCacheLayer, swap_cache_layers
 from .layers import ShortConvolution
 from .packing import build_segments
 
@@ -214,7 +214,7 @@ class DecoderGenerationMixin(GenerationMixin):
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
         if isinstance(cache, Cache):
-            swap_cache_layers(cache, self.config.layer_types, self.config.number_of_conv_states)
+            swap_cache_layers(cache, self.config)
         return result
 
 
@@ -234,15 +234,6 @@ def _masks(config, inputs_embeds: Tensor, attention_mask, past_key_values: Cache
     """One mask per kind of layer; a dict that `generate` has already prepared passes through."""
     if isinstance(attention_mask, dict):
         return dict(attention_mask)
-    batch, tokens = inputs_embeds.shape[:2]
-    if attention_mask is not None and attention_mask.ndim == 2:
-        rows, columns = attention_mask.shape
-        if rows != batch or columns < tokens:
-            length = tokens + (past_key_values.get_seq_length() if past_key_values is not None else 0)
-            raise ValueError(
-                f"`attention_mask` must have shape ({batch}, {length}): one column for each token of "
-                f"the past and of the input, got {tuple(attention_mask.shape)}."
-            )
     arguments = {
         "config": config,
         "inputs_embeds": inputs_embeds,
@@ -251,6 +242,33 @@ def _masks(config, inputs_embeds: Tensor, attention_mask, past_key_values: Cache
         "position_ids": position_ids,
     }
     return {kind: _MASKS[kind](**arguments) for kind in sorted(set(config.layer_types))}
+
+
+def _check_inputs(
+    inputs_embeds: Tensor, attention_mask, position_ids: Tensor | None, past_key_values: Cache | None, kwargs: dict
+) -> None:
+    """What would otherwise fail deep inside or, worse, not at all."""
+    batch, tokens = inputs_embeds.shape[:2]
+    for layer in past_key_values.layers if past_key_values is not None else ():
+        rows = layer.rows if isinstance(layer, KalmanCacheLayer) else None
+        if rows not in (None, batch):
+            raise ValueError(
+                f"`past_key_values` holds {rows} sequences, but the input has {batch}; use a new cache, or its "
+                "batch_select_indices and batch_repeat_interleave."
+            )
+    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        wanted = (tokens, tokens + past) if isinstance(past, int) else (attention_mask.shape[1],)
+        if attention_mask.shape[0] != batch or attention_mask.shape[1] not in wanted:
+            raise ValueError(
+                f"`attention_mask` must have shape ({batch}, {wanted[-1]}): one column for each token of the past and "
+                f"of the input, got {tuple(attention_mask.shape)}."
+            )
+    for name, given in (("position_ids", position_ids), ("seq_idx", kwargs.get("seq_idx"))):
+        if given is not None and tuple(given.shape) not in ((batch, tokens), (1, tokens)):
+            raise ValueError(f"`{name}` must have shape ({batch}, {tokens}), got {tuple(given.shape)}.")
+    if kwargs.get("cu_seq_lens_q") is not None and batch != 1:
+        raise ValueError(f"`cu_seq_lens_q` is of sequences packed into one row, but the input has {batch} rows.")
 
 
 def run_decoder(
@@ -272,7 +290,8 @@ def run_decoder(
     if use_cache and past_key_values is None:
         past_key_values = DynamicCache(config=config)
     if past_key_values is not None:
-        swap_cache_layers(past_key_values, config.layer_types, config.number_of_conv_states)
+        swap_cache_layers(past_key_values, config)
+    _check_inputs(inputs_embeds, attention_mask, position_ids, past_key_values, kwargs)
     past = past_key_values.get_seq_length() if past_key_values is not None else 0
     given_positions = position_ids
     if position_ids is None:

@@ -13,7 +13,13 @@ from torch.nn import functional as F
 
 from kalman_kernels import Segments, causal_conv
 
-__all__ = ["ShortConvolution", "inverse_softplus"]
+__all__ = ["ShortConvolution", "check_count", "inverse_softplus"]
+
+
+def check_count(name: str, value: int) -> None:
+    """Raise `ValueError` where the argument `name` is no integer >= 0."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"`{name}` must be an integer >= 0, got {value!r}.")
 
 
 def inverse_softplus(value: Tensor) -> Tensor:

@@ -200,3 +200,43 @@ def test_cache_bytes_are_what_a_cache_holds(kinds, fields, dtype):
             tensors = [*layer.conv_states.values(), *layer.recurrent_states.values()]
         held += sum(t.numel() * t.element_size() for t in tensors if t is not None)
     assert cache_bytes(model.config, 20, dtype) == held
+
+
+@pytest.mark.parametrize("name", ["gka pure", "gka hybrid", "kla pure", "kla hybrid"])
+def test_caches_that_do_not_fit_are_refused_and_stay_as_they_were(name):
+    kinds = SHAPES[name]
+    model, cache = filled(kinds)
+    length = cache.get_seq_length()
+    with pytest.raises(ValueError, match="`past_key_values` holds 2 sequences, but the input has 3; use a new cache"):
+        model(tokens(3, 4), past_key_values=cache)
+    other = SHAPES[name.replace("gka", "???").replace("kla", "gka").replace("???", "kla")]
+    for stranger in (tiny_model(other), tiny_model(kinds, hidden_size=64)):
+        with pytest.raises(ValueError, match=f"its states are of a kalman_{kinds.family} model with layers of another"):
+            stranger(tokens(2, 4), past_key_values=cache)
+    longer = tiny_model(type(kinds)(list(kinds) * 2, kinds.family))
+    with pytest.raises(ValueError, match=rf"must hold one entry per layer \({2 * len(kinds)}\), got {len(kinds)}"):
+        longer(tokens(2, 4), past_key_values=cache)
+    assert cache.get_seq_length() == length
+    model(tokens(2, 4), past_key_values=cache)
+
+
+@pytest.mark.parametrize("name", ["gka pure", "gka hybrid", "kla pure", "kla hybrid"])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"attention_mask": torch.ones(2, 9)}, r"`attention_mask` must have shape \(2, 8\).* got \(2, 9\)"),
+        ({"attention_mask": torch.ones(3, 8)}, r"`attention_mask` must have shape \(2, 8\).* got \(3, 8\)"),
+        ({"position_ids": torch.zeros(2, 7, dtype=torch.long)}, r"`position_ids` must have shape \(2, 8\)"),
+        ({"seq_idx": torch.zeros(2, 7, dtype=torch.int32)}, r"`seq_idx` must have shape \(2, 8\), got \(2, 7\)"),
+        ({"cu_seq_lens_q": torch.tensor([0, 3, 8])}, "`cu_seq_lens_q` is of sequences packed into one row"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(name, given, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model(SHAPES[name])(tokens(2, 8), **given)
+
+
+@pytest.mark.parametrize("name", ["gka pure", "kla pure"])
+def test_packed_lengths_that_do_not_sum_up_are_refused(name):
+    with pytest.raises(ValueError, match=r"`cu_seqlens` must rise from 0 to the length 8, got \[0, 3, 9\]"):
+        tiny_model(SHAPES[name])(tokens(1, 8), cu_seq_lens_q=torch.tensor([0, 3, 9]))

@@ -35,7 +35,7 @@ from ..decoder import (
     build_decoder,
     run_decoder,
 )
-from ..layers import ShortConvolution, inverse_softplus
+from ..layers import ShortConvolution, check_count, inverse_softplus
 from .configuration_gka import GKAConfig, check_tolerance
 
 __all__ = [
@@ -376,11 +376,6 @@ class GKADecoderLayer(DecoderLayer):
     mixer_class = GKAMixer
 
 
-def _check_iterations(solver_iterations: int) -> None:
-    if isinstance(solver_iterations, bool) or not isinstance(solver_iterations, int) or solver_iterations < 0:
-        raise ValueError(f"`solver_iterations` must be an integer >= 0, got {solver_iterations!r}.")
-
-
 class GKAPreTrainedModel(DecoderPreTrainedModel):
     """Weight initialisation and what the mixers add to the host's feature flags."""
 
@@ -399,7 +394,7 @@ class GKAPreTrainedModel(DecoderPreTrainedModel):
         Raises:
             ValueError: one of them is out of its range.
         """
-        _check_iterations(solver_iterations)
+        check_count("solver_iterations", solver_iterations)
         if solver_tolerance is not None:
             check_tolerance(solver_tolerance, self.config.solver)
             self.config.solver_tolerance = solver_tolerance
@@ -465,7 +460,7 @@ class GKAModel(GKAPreTrainedModel):
             ValueError: `solver_iterations` is negative.
         """
         if solver_iterations is not None:
-            _check_iterations(solver_iterations)
+            check_count("solver_iterations", solver_iterations)
             kwargs["mixer_options"] = {"solver_iterations": solver_iterations}
         return run_decoder(
             self, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **kwargs

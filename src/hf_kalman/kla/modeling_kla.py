@@ -35,7 +35,7 @@ from ..decoder import (
     build_decoder,
     run_decoder,
 )
-from ..layers import ShortConvolution, inverse_softplus
+from ..layers import ShortConvolution, check_count, inverse_softplus
 from .configuration_kla import KLAConfig
 
 __all__ = [
@@ -404,10 +404,9 @@ class KLAForCausalLM(KLAPreTrainedModel, DecoderGenerationMixin):
         too; the last layer must be a KLA layer.
 
         Raises:
-            ValueError: `marginal_samples` is negative, or the last layer is none of KLA.
+            ValueError: `marginal_samples` is no count, or the last layer is none of KLA.
         """
-        if marginal_samples < 0:
-            raise ValueError(f"`marginal_samples` must be >= 0, got {marginal_samples}.")
+        check_count("marginal_samples", marginal_samples)
         if marginal_samples and self.config.layer_types[-1] != "linear_attention":
             raise ValueError(
                 f"`marginal_samples={marginal_samples}` needs a KLA layer as the last one, got "
