@@ -241,7 +241,19 @@ def _masks(config, inputs_embeds: Tensor, attention_mask, past_key_values: Cache
         "past_key_values": past_key_values,
         "position_ids": position_ids,
     }
-    return {kind: _MASKS[kind](**arguments) for kind in sorted(set(config.layer_types))}
+    masks = {kind: _MASKS[kind](**arguments) for kind in sorted(set(config.layer_types))}
+    if "linear_attention" in masks and masks["linear_attention"] is None and _is_padding(attention_mask, inputs_embeds):
+        masks["linear_attention"] = attention_mask[:, -1:]
+    return masks
+
+
+def _is_padding(attention_mask, inputs_embeds: Tensor) -> bool:
+    """Whether a step of one token has padding in some row: the host takes such tokens for real ones."""
+    if inputs_embeds.shape[1] != 1 or not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+        return False
+    if torch.compiler.is_compiling() or (attention_mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return False
+    return not bool(attention_mask[:, -1].all())
 
 
 def _check_inputs(

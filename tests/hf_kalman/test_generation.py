@@ -5,7 +5,8 @@ import torch
 import transformers
 from packaging import version
 from tiny import OPENING, SHAPES, tiny_model, tokens
-from transformers import DynamicCache
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import DynamicCache, PreTrainedTokenizerFast
 
 # Older sliding-window layers of the host record one call at a time.
 SLIDES_AND_RECORDS = version.parse(transformers.__version__) >= version.parse("5.23")
@@ -123,6 +124,24 @@ def test_assisted_decoding_is_greedy(model, schedule):
         draft.generation_config.num_assistant_tokens_schedule = schedule
         draft.generation_config.assistant_confidence_threshold = 0.0
         found = model.generate(ids, do_sample=False, max_new_tokens=40, assistant_model=draft)
+        assert torch.equal(found, expected)
+
+
+def word_level(words):
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w9"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def test_assisted_decoding_with_another_tokenizer_is_greedy(model):
+    special, words = ["<pad>", "<s>", "</s>"], [f"w{i}" for i in range(58)]
+    own, other = word_level([*special, *words]), word_level([*special, "more", "words", *words[::-1]])
+    ids = tokens(1, 9)
+    expected = model.generate(ids, **GREEDY)
+    for name in ("kla pure", "gka opening"):
+        draft = tiny_model(SHAPES[name], seed=1, vocab_size=63)
+        draft.generation_config.num_assistant_tokens = 3
+        found = model.generate(ids, assistant_model=draft, tokenizer=own, assistant_tokenizer=other, **GREEDY)
         assert torch.equal(found, expected)
 
 
