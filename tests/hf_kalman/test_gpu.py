@@ -1,5 +1,7 @@
 import pytest
 import torch
+import transformers
+from packaging import version
 from tiny import SHAPES, tiny_model, tokens
 from transformers import AutoModelForCausalLM
 
@@ -17,6 +19,28 @@ def test_generation_on_a_gpu_is_that_on_the_cpu(shape):
         model.generate(ids.cuda(), num_beams=3, **options),
         model.generate(ids.cuda(), num_beams=3, use_cache=False, **options),
     )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_offloaded_cache_gives_the_same(shape):
+    model, ids = tiny_model(SHAPES[shape]).cuda(), tokens(2, 70).cuda()
+    options = {"do_sample": False, "max_new_tokens": 12}
+    expected = model.generate(ids, **options)
+    for kind in ("offloaded", "offloaded_static"):
+        assert torch.equal(model.generate(ids, cache_implementation=kind, **options), expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_assisted_decoding_on_a_gpu_is_greedy(shape):
+    model, ids = tiny_model(SHAPES[shape]).cuda(), tokens(1, 7).repeat(1, 4).cuda()
+    options = {"do_sample": False, "max_new_tokens": 30}
+    if "sliding_attention" in SHAPES[shape] and version.parse(transformers.__version__) < version.parse("5.23"):
+        pytest.skip("older sliding-window layers of the host record one call at a time")
+    draft = tiny_model(SHAPES["kla pure"], seed=1).cuda()
+    draft.generation_config.num_assistant_tokens = 4
+    expected = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, assistant_model=draft, **options), expected)
+    assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=5, **options), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
