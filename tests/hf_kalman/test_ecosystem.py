@@ -74,6 +74,7 @@ def test_adapters_of_every_kind(name, tmp_path):
     ]
 
 
+@pytest.mark.filterwarnings("ignore:You are calling .generate:UserWarning")
 @pytest.mark.parametrize("name", BOTH)
 @pytest.mark.parametrize("where", ["cpu", "disk"])
 def test_offloaded_layers_give_the_same(name, where, tmp_path):

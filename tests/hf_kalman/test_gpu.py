@@ -2,7 +2,7 @@ import pytest
 import torch
 import transformers
 from packaging import version
-from tiny import SHAPES, tiny_model, tokens
+from tiny import SHAPES, Kinds, tiny_model, tokens
 from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.gpu
@@ -21,10 +21,15 @@ def test_generation_on_a_gpu_is_that_on_the_cpu(shape):
     )
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_an_offloaded_cache_gives_the_same(shape):
-    model, ids = tiny_model(SHAPES[shape]).cuda(), tokens(2, 70).cuda()
-    options = {"do_sample": False, "max_new_tokens": 12}
+# Two attention layers: with one the host prefetches the layer that it is reading.
+OFFLOADED = [SHAPES["gka pure"], SHAPES["kla pure"]]
+OFFLOADED += [Kinds(["full_attention", "linear_attention", "full_attention"], family) for family in ("gka", "kla")]
+
+
+@pytest.mark.parametrize("kinds", OFFLOADED, ids=lambda kinds: f"{kinds.family} {len(kinds)}")
+def test_an_offloaded_cache_gives_the_same(kinds):
+    model, ids = tiny_model(kinds).cuda(), tokens(2, 70).cuda()
+    options = {"do_sample": False, "max_new_tokens": 12, "disable_compile": True}
     expected = model.generate(ids, **options)
     for kind in ("offloaded", "offloaded_static"):
         assert torch.equal(model.generate(ids, cache_implementation=kind, **options), expected)
