@@ -59,14 +59,6 @@ class DecoderConfig(PreTrainedConfig):
         }.items()
         for name in names
     }
-    # What stays in float32 shards apart from the rest of its layer, and therefore before it.
-    base_model_fsdp_plan = {
-        "embed_tokens": "free_full_weight",
-        "layers.*.mixer.decay_bias": "free_full_weight",
-        "layers.*.mixer.dynamics_bias": "free_full_weight",
-        "layers.*": "free_full_weight",
-        "norm": "keep_full_weight",
-    }
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),

@@ -194,8 +194,7 @@ class DecoderPreTrainedModel(PreTrainedModel):
             pattern = re.compile(re.escape(entry).replace(r"\*", r"\d+"))
             return any(pattern.fullmatch(name) for name in names)
 
-        for plan in ("_tp_plan", "_fsdp_plan"):
-            setattr(self, plan, {entry: style for entry, style in getattr(self, plan).items() if present(entry)})
+        self._tp_plan = {entry: style for entry, style in self._tp_plan.items() if present(entry)}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
