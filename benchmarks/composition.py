@@ -60,8 +60,10 @@ def main():
     result = {"environment": environment(device), "context": LENGTH, "chunks": CHUNKS, "count": options.count}
     result["rows"] = []
 
-    def run(name, folder, encode):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    def load(folder):
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+
+    def run(name, model, encode):
         started, found, losses = time.perf_counter(), [], []
         for context, question, answer in cases(tokenizer, text, options.count):
             context, question, answer = (t.to(device) for t in (context, question, answer))
@@ -77,16 +79,17 @@ def main():
             return model.base_model(context, use_cache=True).past_key_values
 
     if options.teacher is not None:
-        run("teacher, whole", options.teacher, whole)
-    run("whole", options.model, whole)
+        run("teacher, whole", load(options.teacher), whole)
+    student = load(options.model)
+    run("whole", student, whole)
     for method in ("decayed", "sum", "mean"):
         run(
             f"{CHUNKS} chunks, {method}",
-            options.model,
+            student,
             lambda model, context, method=method: encode_chunks(model, context.chunk(CHUNKS, dim=1), method),
         )
     # What a chunked reader has without composition: the last chunk alone.
-    run("last chunk alone", options.model, lambda model, context: whole(model, context.chunk(CHUNKS, dim=1)[-1]))
+    run("last chunk alone", student, lambda model, context: whole(model, context.chunk(CHUNKS, dim=1)[-1]))
     write("composition", result, options.output)
 
 

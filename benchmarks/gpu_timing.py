@@ -3,6 +3,7 @@
 import statistics
 
 import torch
+from record import drawing
 
 
 def milliseconds(function, repeats=15, warmup=3):
@@ -61,13 +62,9 @@ def ceilings():
 
 def plot_scaling(path, rows):
     """Times against lengths on double logarithmic axes, where matplotlib is installed."""
-    try:
-        import matplotlib
-    except ImportError:
+    pyplot = drawing()
+    if pyplot is None:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     figure, axes = pyplot.subplots(figsize=(5, 3.5))
     lengths = [r["length"] for r in rows]
     for kind, label, style in (("forward", "forward", "o-"), ("forward_backward", "forward + backward", "s--")):

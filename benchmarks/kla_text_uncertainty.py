@@ -11,7 +11,8 @@ import json
 from pathlib import Path
 
 import torch
-from record import RESULTS, environment, write
+from record import RESULTS, drawing, environment, write
+from token_uncertainty import by_entropy, correlation, joined, token_columns
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_kalman  # noqa: F401 - registers the architectures
@@ -30,22 +31,7 @@ def main():
     model = AutoModelForCausalLM.from_pretrained(options.model).eval()
     windows = token_windows(tokenizer, read_documents(options.text), 512, options.windows)
     torch.manual_seed(0)
-    columns = {name: [] for name in ("loss", "plain_loss", "marginal_entropy", "plain_entropy", "log_variance")}
-    for window in windows:
-        target = window[None, 1:, None]
-        with torch.no_grad():
-            out = model(window[None], marginal_samples=options.samples, output_uncertainty=True, use_cache=False)
-            logs = torch.log_softmax(model(window[None], use_cache=False).logits, -1)
-        columns["loss"].append(-out.logits[:, :-1].gather(-1, target).flatten())
-        columns["plain_loss"].append(-logs[:, :-1].gather(-1, target).flatten())
-        columns["marginal_entropy"].append(out.predictive_entropy[0, :-1])
-        columns["plain_entropy"].append(-(logs.exp() * logs).sum(-1)[0, :-1])
-        columns["log_variance"].append(out.uncertainties[-1].mean(-1)[0, :-1].log())
-    columns = {name: torch.cat(pieces) for name, pieces in columns.items()}
-
-    def correlation(name, loss="loss"):
-        return round(torch.corrcoef(torch.stack([columns[name], columns[loss]]))[0, 1].item(), 4)
-
+    columns = joined([token_columns(model, window[None], options.samples) for window in windows])
     record = options.model / "conversion.json"
     result = {
         "environment": environment(),
@@ -54,29 +40,21 @@ def main():
         "tokens": len(columns["loss"]),
         "mean_loss": {n: round(columns[n].mean().item(), 4) for n in ("loss", "plain_loss")},
         "correlation_with_loss": {
-            "marginal_entropy": correlation("marginal_entropy"),
-            "plain_entropy": correlation("plain_entropy", "plain_loss"),
-            "log_variance": correlation("log_variance"),
+            "marginal_entropy": correlation(columns, "marginal_entropy"),
+            "plain_entropy": correlation(columns, "plain_entropy", "plain_loss"),
+            "log_variance": correlation(columns, "log_variance"),
         },
     }
-    edges = torch.quantile(columns["marginal_entropy"], torch.linspace(0, 1, 11)[1:-1])
-    bins = torch.bucketize(columns["marginal_entropy"], edges)
-    result["by_entropy"] = [
-        {n: round(columns[n][bins == b].mean().item(), 4) for n in ("marginal_entropy", "loss")} for b in range(10)
-    ]
+    result["by_entropy"] = [{"marginal_entropy": e, "loss": loss} for e, loss in by_entropy(columns, 10)]
     print(result)
     write("kla_text_uncertainty", result, options.output)
     plot(options.output, result["by_entropy"])
 
 
 def plot(folder, rows):
-    try:
-        import matplotlib
-    except ImportError:
+    pyplot = drawing()
+    if pyplot is None:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     figure, axes = pyplot.subplots(figsize=(4.5, 3.5))
     entropy = [row["marginal_entropy"] for row in rows]
     axes.plot(entropy, [row["loss"] for row in rows], "k-o")

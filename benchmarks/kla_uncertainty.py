@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from record import RESULTS, environment, write
+from record import RESULTS, drawing, environment, write
 
 from hf_kalman import KLAConfig, KLAForCausalLM
 
@@ -97,13 +97,9 @@ def run(seed, steps):
 
 
 def plot(folder, first):
-    try:
-        import matplotlib
-    except ImportError:
+    pyplot = drawing()
+    if pyplot is None:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     figure, axes = pyplot.subplots(figsize=(6, 3))
     for layer, (variance, style) in enumerate(zip(first["profile"]["variances"], ("k-o", "k--s"), strict=True)):
         axes.semilogy(variance, style, markersize=3, label=f"layer {layer + 1}")

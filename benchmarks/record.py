@@ -66,6 +66,18 @@ def timed(function, repeats=20, warmup=3, device="cpu"):
     }
 
 
+def drawing():
+    """matplotlib's pyplot without a display, None where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
 def write(name, result, folder=RESULTS):
     """Write `result` to `<folder>/<name>.json`."""
     path = Path(folder) / f"{name}.json"

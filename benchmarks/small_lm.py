@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 
 import torch
-from record import RESULTS, environment, write
+from record import RESULTS, drawing, environment, write
+from token_uncertainty import by_entropy, correlation, joined, token_columns
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from hf_kalman import GKAConfig, GKAForCausalLM, KLAConfig, KLAForCausalLM
@@ -132,43 +133,25 @@ def uncertainty(model, held, samples=8):
     """Correlation over held-out tokens of the loss with the marginal entropy, and with that of the plain read-out."""
     model.eval()
     torch.manual_seed(0)
-    losses, marginal, plain, spread = [], [], [], []
+    pieces = []
     for batch in held[:64].split(8):
         with torch.autocast(batch.device.type, torch.bfloat16):
-            out = model(batch, use_cache=False, marginal_samples=samples, output_uncertainty=True)
-            logs = torch.log_softmax(model(batch, use_cache=False).logits.float(), -1)
-        target = batch[:, 1:, None]
-        losses.append(-out.logits[:, :-1].gather(-1, target)[..., 0])
-        marginal.append(out.predictive_entropy[:, :-1])
-        plain.append(-(logs.exp() * logs).sum(-1)[:, :-1])
-        spread.append(out.uncertainties[-1].mean(-1)[:, :-1].log())
-    losses, marginal, plain, spread = (torch.cat(t).flatten().float() for t in (losses, marginal, plain, spread))
-
-    def correlation(values):
-        return round(torch.corrcoef(torch.stack([values, losses]))[0, 1].item(), 4)
-
-    edges = torch.quantile(marginal, torch.linspace(0, 1, 21, device=marginal.device)[1:-1])
-    bins = torch.bucketize(marginal, edges)
+            pieces.append(token_columns(model, batch, samples))
+    columns = joined(pieces)
     return {
         "samples": samples,
-        "tokens": len(losses),
-        "correlation_marginal_entropy_loss": correlation(marginal),
-        "correlation_plain_entropy_loss": correlation(plain),
-        "correlation_log_variance_loss": correlation(spread),
-        "mean_loss_by_entropy": [
-            [round(marginal[bins == b].mean().item(), 4), round(losses[bins == b].mean().item(), 4)] for b in range(20)
-        ],
+        "tokens": len(columns["loss"]),
+        "correlation_marginal_entropy_loss": correlation(columns, "marginal_entropy"),
+        "correlation_plain_entropy_loss": correlation(columns, "plain_entropy"),
+        "correlation_log_variance_loss": correlation(columns, "log_variance"),
+        "mean_loss_by_entropy": by_entropy(columns, 20),
     }
 
 
 def plot(folder, result):
-    try:
-        import matplotlib
-    except ImportError:
+    pyplot = drawing()
+    if pyplot is None:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4))
     for (name, row), style in zip(result["models"].items(), ("k-o", "k--s", "k-.^"), strict=True):
         axes[0].plot([t / 1e6 for t, _ in row["curve"]], [b for _, b in row["curve"]], style, label=name)

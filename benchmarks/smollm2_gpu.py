@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from gpu_timing import milliseconds
-from record import RESULTS, environment, write
+from record import RESULTS, drawing, environment, write
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from kalman_conversion import swap_attention
@@ -96,13 +96,9 @@ def training(model, batch=4, length=2048):
 
 
 def plot(folder, rows):
-    try:
-        import matplotlib
-    except ImportError:
+    pyplot = drawing()
+    if pyplot is None:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.4))
     styles = ["k-o", "k--s", "k-.^", "k:d"]
     for row, style in zip(rows, styles, strict=False):

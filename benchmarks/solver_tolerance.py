@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 import torch
-from record import RESULTS, environment, write
+from gpu_timing import milliseconds
+from record import RESULTS, environment, timed, write
 
 from kalman_kernels import GKASolver, gated_kalmanet
 
@@ -37,22 +38,8 @@ def call(tensors, solver):
     return gated_kalmanet(query, key, value, log_decay, mix, solver=solver)[0]
 
 
-def milliseconds(function, device, repeats):
-    def wait():
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    function()
-    wait()
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        for _ in range(5 if device == "cuda" else 1):
-            function()
-        wait()
-        times.append((time.perf_counter() - started) / (5 if device == "cuda" else 1) * 1e3)
-    times = torch.tensor(times)
-    return {"median": round(times.median().item(), 4), "spread": round((times.max() - times.min()).item(), 4)}
+def measured(function, device):
+    return milliseconds(function) if device == "cuda" else timed(function, repeats=5, warmup=1)
 
 
 def gradients(tensors, solver, cotangent):
@@ -64,7 +51,7 @@ def relative(found, exact):
 
 
 def operator(device):
-    rows, repeats = [], 15 if device == "cuda" else 5
+    rows = []
     for decay in DECAYS:
         tensors = operands(device, decay)
         # The oracle on one sequence: rows do not depend on one another.
@@ -77,22 +64,22 @@ def operator(device):
             solver = GKASolver("cg", 30, tolerance=tolerance)
             with torch.no_grad():
                 error = relative(call(first, solver), exact)
-                forward = milliseconds(lambda s=solver, t=tensors: call(t, s), device, repeats)
+                forward = measured(lambda s=solver, t=tensors: call(t, s), device)
             near = gradients(first, solver, cotangent)
-            both = milliseconds(lambda s=solver, t=tensors: call(t, s).sum().backward(), device, repeats)
+            both = measured(lambda s=solver, t=tensors: call(t, s).sum().backward(), device)
             rows.append(
                 {
                     "decay": decay,
                     "tolerance": tolerance,
                     "error": error,
                     "gradient_errors": [relative(a, b) for a, b in zip(near, exact_gradients, strict=True)],
-                    "forward_ms": forward,
-                    "forward_backward_ms": both,
+                    "forward": forward,
+                    "forward_backward": both,
                 }
             )
             print(
                 f"{decay:6} {tolerance:6} {error:.1e} {max(rows[-1]['gradient_errors']):.1e} "
-                f"{forward['median']:8.3f} {both['median']:8.3f}",
+                f"{forward['median_ms']:8.3f} {both['median_ms']:8.3f}",
                 flush=True,
             )
     return rows

@@ -25,12 +25,9 @@ PROMPT, WINDOW, BATCH = 128, 512, 16
 def make_draft(teacher):
     config = type(teacher.config)(**{**teacher.config.to_dict(), "num_hidden_layers": 6})
     draft = type(teacher)(config)
-    weights = teacher.state_dict()
-    last = teacher.config.num_hidden_layers - 3
-    for index, source in enumerate((0, 1, 2, last, last + 1, last + 2)):
-        for name in draft.model.layers[index].state_dict():
-            weights[f"model.layers.{index}.{name}"] = teacher.state_dict()[f"model.layers.{source}.{name}"]
-    draft.load_state_dict({name: weights[name].clone() for name in draft.state_dict()})
+    draft.load_state_dict(teacher.state_dict(), strict=False)
+    for target, source in zip(draft.model.layers[3:], teacher.model.layers[-3:], strict=True):
+        target.load_state_dict(source.state_dict())
     draft.generation_config = teacher.generation_config
     return draft
 

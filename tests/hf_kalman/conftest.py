@@ -1,20 +1,14 @@
 HOST_MARKERS = (
     "accelerate_tests",
-    "bitsandbytes",
     "flash_attn_test",
     "flash_attn_3_test",
     "flash_attn_4_test",
-    "flex_attention_test",
-    "generate",
     "is_expert_parallel_test",
     "is_fsdp_test",
     "is_pipeline_test",
-    "is_staging_test",
     "is_tensor_parallel_test",
     "is_training_test",
-    "not_device_test",
     "torch_compile_test",
-    "torch_export_test",
 )
 
 

@@ -250,8 +250,8 @@ class GKAMixer(nn.Module):
             and (length == 1 or not (config.use_local_values or segments is not None))
             and (segments is None or segments.reset is None)
             and all(layer.has_previous_state[slot] for slot in range(2))
-            and self._at_hand(hidden_states.device)
             and serves_mixer_step(hidden_states, *widths, length, solver, config.implementation)
+            and self._at_hand(hidden_states.device)
         )
 
     def _at_hand(self, device: torch.device) -> bool:

@@ -358,7 +358,7 @@ def _step(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = Inputs(query, key, value, log_decay, key_log_decay, solution_mix, input_gate, numbers)
-    solver = GKASolver(method, iterations, ridge_ratio, ridge_gradient, tolerance)  # pyright: ignore[reportArgumentType]
+    solver = _solver(method, iterations, ridge_ratio, ridge_gradient, tolerance)
     with torch.autocast(query.device.type, enabled=False):
         return gka_step(inputs, gram, value_key, solver, scale)
 
@@ -384,7 +384,7 @@ def _forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = Inputs(query, key, value, log_decay, key_log_decay, solution_mix, input_gate, numbers)
-    solver = GKASolver(method, iterations, ridge_ratio, ridge_gradient, tolerance)  # pyright: ignore[reportArgumentType]
+    solver = _solver(method, iterations, ridge_ratio, ridge_gradient, tolerance)
     with torch.autocast(query.device.type, enabled=False):
         return gka_chunked_forward(inputs, gram, value_key, solver, scale, keep)
 
@@ -415,11 +415,15 @@ def _backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = Inputs(query, key, value, log_decay, key_log_decay, solution_mix, input_gate, numbers)
-    solver = GKASolver(method, iterations, ridge_ratio, ridge_gradient, tolerance)  # pyright: ignore[reportArgumentType]
+    solver = _solver(method, iterations, ridge_ratio, ridge_gradient, tolerance)
     with torch.autocast(query.device.type, enabled=False):
         saved = (solutions, grams, value_keys)
         gradients = gka_chunked_backward(inputs, saved, d_outputs, d_gram, d_value_key, gram, solver, scale)
         return gradients  # pyright: ignore[reportReturnType] - nine tensors
+
+
+def _solver(method: str, iterations: int, ridge_ratio: float, ridge_gradient: bool, tolerance: float) -> GKASolver:
+    return GKASolver(method, iterations, ridge_ratio, ridge_gradient, tolerance)  # pyright: ignore[reportArgumentType]
 
 
 @_step.register_fake
@@ -451,8 +455,7 @@ def _backward_fake(query, key, value, log_decay, key_log_decay, solution_mix, in
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, _ = inputs
-    tensors, ctx.numbers = tensors[:10], tensors[10:]
+    tensors, ctx.numbers = inputs[:10], inputs[10:-1]
     ctx.save_for_backward(*tensors, *output[3:])
 
 
@@ -489,7 +492,7 @@ def _triton_step(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = TritonInputs(query, key, value, log_decay, key_log_decay, solution_mix, input_gate, numbers)
-    solver = GKASolver(method, iterations, ridge_ratio, ridge_gradient, tolerance)  # pyright: ignore[reportArgumentType]
+    solver = _solver(method, iterations, ridge_ratio, ridge_gradient, tolerance)
     outputs, gram, value_key, *_ = gka_triton_step(inputs, (gram, value_key), solver, scale, in_place=False)
     return outputs, gram, value_key
 
@@ -516,7 +519,7 @@ def _triton_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = TritonInputs(query, key, value, log_decay, key_log_decay, solution_mix, input_gate, numbers)
     initial = None if gram is None or value_key is None else (gram, value_key)
-    solver = GKASolver(method, iterations, ridge_ratio, ridge_gradient, tolerance)  # pyright: ignore[reportArgumentType]
+    solver = _solver(method, iterations, ridge_ratio, ridge_gradient, tolerance)
     return gka_triton_forward(inputs, initial, solver, scale, keep)
 
 
@@ -547,7 +550,7 @@ def _triton_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = TritonInputs(query, key, value, log_decay, key_log_decay, solution_mix, input_gate, numbers)
     initial = None if gram is None or value_key is None else (gram, value_key)
-    solver = GKASolver(method, iterations, ridge_ratio, ridge_gradient, tolerance)  # pyright: ignore[reportArgumentType]
+    solver = _solver(method, iterations, ridge_ratio, ridge_gradient, tolerance)
     gradients = gka_triton_backward(
         inputs, initial, solutions, solution_sizes, norms, d_outputs, d_gram, d_value_key, solver, scale
     )
