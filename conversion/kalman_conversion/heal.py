@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback
 
 from hf_kalman import GKAForCausalLM, KLAForCausalLM
 from hf_kalman.gka.modeling_gka import GKAMixer
@@ -24,6 +24,7 @@ from hf_kalman.kla.modeling_kla import KLAMixer
 
 from .rls import RecursiveLeastSquares
 from .taps import AttentionTaps
+from .trainer import HealingTrainer, TokenWindows, restored, training_arguments
 
 __all__ = [
     "HealingReport",
@@ -41,19 +42,6 @@ __all__ = [
 PRIOR_TOKENS = 500.0
 # Steps of gradient descent between two solves of the filtered linear part.
 SOLVE_EVERY = 4
-# Parameters that shape decays, gates and convolutions: few, and far from where they should be at the start.
-_SMALL = (
-    "A_log",
-    "dt_bias",
-    "a_proj",
-    "b_proj",
-    "alpha_proj",
-    "conv1d",
-    "delta",
-    "lambda_log",
-    "process_noise",
-    "skip",
-)
 
 
 class HealingReport(NamedTuple):
@@ -315,17 +303,6 @@ class _FilterSchedule(TrainerCallback):
         self.model.solve()
 
 
-class _Windows(torch.utils.data.Dataset):
-    def __init__(self, windows: Tensor) -> None:
-        self.windows = windows
-
-    def __len__(self) -> int:
-        return len(self.windows)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.windows[index]}
-
-
 def heal_layerwise(
     student: GKAForCausalLM | KLAForCausalLM,
     teacher: PreTrainedModel,
@@ -343,7 +320,7 @@ def heal_layerwise(
     save_every: int = 64,
     callbacks: Sequence[TrainerCallback] = (),
     progress: bool = True,
-    **training_arguments: Any,
+    **more: Any,
 ) -> HealingReport:
     """Distil each attention layer into its mixer by gradients and a filtered read-out; changes `student` in place.
 
@@ -363,53 +340,35 @@ def heal_layerwise(
         save_every: steps between two checkpoints.
         callbacks: further callbacks for the `Trainer`.
         progress: whether to show a progress bar.
-        training_arguments: passed on to `transformers.TrainingArguments`.
+        more: passed on to `transformers.TrainingArguments`.
 
     Raises:
         ValueError: teacher and student do not fit.
     """
     started = time.monotonic()
-    trained = {parameter: parameter.requires_grad for parameter in student.parameters()}
+    restore = restored([*student.parameters()])
     model = LayerwiseDistillation(student, teacher, filters, forgetting, prior_tokens)
-    arguments = TrainingArguments(
-        output_dir=str(work),
-        per_device_train_batch_size=batch_size,
-        num_train_epochs=epochs,
+    arguments = training_arguments(
+        work,
         learning_rate=learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=10,
-        max_grad_norm=1.0,
-        save_steps=save_every,
-        save_total_limit=1,
-        logging_steps=10,
-        report_to=[],
+        batch_size=batch_size,
+        epochs=epochs,
         seed=seed,
-        data_seed=seed,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        use_cpu=teacher.device.type == "cpu",
-        disable_tqdm=not progress,
-        **training_arguments,
+        warmup_steps=10,
+        save_every=save_every,
+        progress=progress,
+        device=teacher.device,
+        more=more,
     )
-    trainer = Trainer(
+    trainer = HealingTrainer(
         model,
         arguments,
-        train_dataset=_Windows(windows),
-        optimizers=(_optimizer(model, learning_rate, small_factor), None),
+        train_dataset=TokenWindows(windows),
         callbacks=[_FilterSchedule(model, learning_rate), *callbacks],
+        small_factor=small_factor,
     )
     try:
-        trainer.train(resume_from_checkpoint=any(Path(work).glob("checkpoint-*")))
+        steps = trainer.run()
     finally:
-        for parameter, flag in trained.items():
-            parameter.requires_grad_(flag)
-    tokens = trainer.state.global_step * batch_size * windows.shape[1]
-    return HealingReport("layerwise", tokens, time.monotonic() - started)
-
-
-def _optimizer(model: nn.Module, learning_rate: float, small_factor: float) -> torch.optim.Optimizer:
-    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    small = [p for n, p in trained if any(part in n for part in _SMALL)]
-    large = [p for n, p in trained if not any(part in n for part in _SMALL)]
-    groups = [{"params": large, "lr": learning_rate}, {"params": small, "lr": learning_rate * small_factor}]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+        restore()
+    return HealingReport("layerwise", steps * batch_size * windows.shape[1], time.monotonic() - started)

@@ -1,0 +1,134 @@
+"""The host's Trainer as every healing stage uses it: its arguments, its optimizer, and where it resumes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+__all__ = ["HealingTrainer", "TokenWindows", "complete_checkpoint", "training_arguments"]
+
+# Parameters that shape decays, gates and convolutions: few, and far from where they should be at the start.
+SMALL = (
+    "A_log",
+    "dt_bias",
+    "a_proj",
+    "b_proj",
+    "alpha_proj",
+    "conv1d",
+    "delta",
+    "lambda_log",
+    "process_noise",
+    "skip",
+)
+
+
+class TokenWindows(torch.utils.data.Dataset):
+    """Windows (N, T) of tokens as a dataset of `input_ids`, with `labels` where `labels` is set."""
+
+    def __init__(self, windows: Tensor, labels: bool = False) -> None:
+        self.windows, self.labels = windows, labels
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        item = {"input_ids": self.windows[index]}
+        return {**item, "labels": self.windows[index]} if self.labels else item
+
+
+class HealingTrainer(Trainer):
+    """`Trainer` with one AdamW whose learning rate is larger for the small parameters of the mixers.
+
+    Args:
+        small_factor: times `args.learning_rate` for decays, gates and convolutions.
+    """
+
+    def __init__(self, *args, small_factor: float = 1.0, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.small_factor = small_factor
+
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        """AdamW without weight decay on what requires gradients."""
+        if self.optimizer is None:
+            rate = self.args.learning_rate
+            model: nn.Module = args[0] if args and args[0] is not None else self.model  # pyright: ignore
+            trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+            small = [p for n, p in trained if any(part in n for part in SMALL)]
+            large = [p for n, p in trained if not any(part in n for part in SMALL)]
+            groups = [{"params": large, "lr": rate}, {"params": small, "lr": rate * self.small_factor}]
+            self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.95), weight_decay=0.0)
+        return self.optimizer
+
+    def run(self) -> int:
+        """Train, from the last complete checkpoint where there is one; the number of steps behind the run."""
+        self.train(resume_from_checkpoint=complete_checkpoint(self.args.output_dir))
+        return self.state.global_step
+
+
+def complete_checkpoint(folder: str | Path | None) -> str | None:
+    """The newest whole checkpoint of a `Trainer` in `folder`, None where there is none; broken ones are removed.
+
+    A checkpoint is whole when its `trainer_state.json`, which the Trainer writes last, can be read. Older checkpoints
+    are deleted by the Trainer only after that.
+    """
+    found = []
+    for path in Path(folder or "").glob("checkpoint-*"):
+        try:
+            found.append((json.loads((path / "trainer_state.json").read_text())["global_step"], str(path)))
+        except (OSError, ValueError, KeyError):
+            shutil.rmtree(path, ignore_errors=True)
+    return max(found)[1] if found else None
+
+
+def training_arguments(
+    work: str | Path,
+    *,
+    learning_rate: float,
+    batch_size: int,
+    epochs: float,
+    seed: int,
+    warmup_steps: int,
+    save_every: int,
+    progress: bool,
+    device: torch.device,
+    more: dict[str, Any],
+) -> TrainingArguments:
+    """Arguments that all stages share: cosine to 0, clipping at 1, whole checkpoints in `work`; `more` overrides."""
+    own = {
+        "output_dir": str(work),
+        "per_device_train_batch_size": batch_size,
+        "num_train_epochs": epochs,
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": warmup_steps,
+        "max_grad_norm": 1.0,
+        "save_steps": save_every,
+        "save_total_limit": 1,
+        "logging_steps": 10,
+        "report_to": [],
+        "seed": seed,
+        "data_seed": seed,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": False,
+        "use_cpu": device.type == "cpu",
+        "disable_tqdm": not progress,
+    }
+    return TrainingArguments(**{**own, **more})
+
+
+def restored(parameters: Sequence[nn.Parameter]):
+    """A function that gives parameters the `requires_grad` back that they have now."""
+    flags = [(parameter, parameter.requires_grad) for parameter in parameters]
+
+    def restore() -> None:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+    return restore
