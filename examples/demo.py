@@ -87,8 +87,8 @@ def main():
         "test_tokens": windows.numel(),
         "perplexity": {name: round(value, 3) for name, value in values.items()},
         "ratio_to_teacher": {name: round(value / values["teacher"], 4) for name, value in values.items()},
-        "stages": record["stages"],
-        "layer_errors": record["errors"],
+        "stages": [{name: stage[name] for name in ("stage", "tokens", "seconds")} for stage in record["ran"]],
+        "layer_errors": {stage["stage"]: stage["layer_errors"] for stage in record["ran"]},
         "contexts": contexts,
         "cache_bytes": {n: [cache_bytes(c, t, torch.float32) for t in contexts] for n, c in configs.items()},
         "seconds_total": round(time.monotonic() - started, 1),
@@ -100,8 +100,8 @@ def main():
 
 
 def show(result, record):
-    tokens = sum(stage["tokens"] for stage in record["stages"])
-    seconds = sum(stage["seconds"] for stage in record["stages"])
+    tokens = sum(stage["tokens"] for stage in record["ran"])
+    seconds = sum(stage["seconds"] for stage in record["ran"])
     at = result["contexts"].index(8192)
     rows = [("", "perplexity", "x teacher", "healed on", "seconds", "cache at 8,192")]
     for name, label in (

@@ -8,7 +8,7 @@ entropy is that of the token distribution averaged over draws from the last laye
 which that layer must be a KLA layer. To make such a model out of SmolLM2-135M:
 
     kalman-convert swap --model SmolLM2 --mixer kla --layers 29 --output swapped
-    kalman-convert heal --model swapped --teacher SmolLM2 --method rls --data text.txt --output healed
+    kalman-convert rls --model swapped --teacher SmolLM2 --data text.txt --output healed
 """
 
 import argparse

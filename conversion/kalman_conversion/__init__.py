@@ -1,8 +1,10 @@
 """Surgery on pretrained checkpoints: attention out, Kalman mixers in, healing."""
 
+from .distil import Training, heal_distil, heal_finetune, soft_divergence
 from .heal import check_pair, heal_layerwise, heal_rls, layer_errors
 from .plan import FAMILIES, MIXERS, ConversionPlan, plan_conversion, resolve_layers
 from .rls import RecursiveLeastSquares
+from .stages import STAGES, read_stages, run_stages
 from .swap import check_checkpoint, initialise_mixer, load_model, swap_attention
 from .text import read_documents, token_windows
 from .verify import perplexity, verify
@@ -10,10 +12,14 @@ from .verify import perplexity, verify
 __all__ = [
     "FAMILIES",
     "MIXERS",
+    "STAGES",
     "ConversionPlan",
     "RecursiveLeastSquares",
+    "Training",
     "check_checkpoint",
     "check_pair",
+    "heal_distil",
+    "heal_finetune",
     "heal_layerwise",
     "heal_rls",
     "initialise_mixer",
@@ -22,7 +28,10 @@ __all__ = [
     "perplexity",
     "plan_conversion",
     "read_documents",
+    "read_stages",
     "resolve_layers",
+    "run_stages",
+    "soft_divergence",
     "swap_attention",
     "token_windows",
     "verify",

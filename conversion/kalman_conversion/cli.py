@@ -1,9 +1,10 @@
-"""`kalman-convert`: swap, heal, verify, import-kla, export-kla."""
+"""`kalman-convert`: swap, heal and its stages one by one, verify, import-kla, export-kla."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -18,29 +19,22 @@ from hf_kalman.cache import cache_bytes
 
 from .files import check_output, new_folder
 from .foreign.kla import export_kla, import_kla
-from .heal import PRIOR_TOKENS, check_pair, heal_layerwise, heal_rls, layer_errors
+from .heal import HealingReport, check_pair, layer_errors
 from .plan import MIXERS, mixer_options, plan_conversion
 from .recipe import load_recipe
+from .stages import STAGES, Stage, is_main, read_stages, run_stages, window_counts
 from .swap import check_checkpoint, load_model, swap_attention
 from .text import read_documents, token_windows
 from .verify import verify
 
 __all__ = ["main"]
 
-_HEAL_DEFAULTS = {
-    "method": "layerwise",
-    "window": 1024,
-    "rls_tokens": 65536,
-    "tokens": 65536,
-    "prior_tokens": PRIOR_TOKENS,
-    "learning_rate": 1e-2,
-    "small_factor": 3.0,
-    "forgetting": 0.06,
-    "batch_size": 1,
-    "epochs": 1.0,
-    "seed": 0,
+_STAGE_HELP = {
+    "rls": "exact recursive least squares for what each mixer's output is linear in: no gradients",
+    "layerwise": "each mixer against the teacher's attention output on the teacher's hidden states",
+    "distil": "the student's next tokens, final hidden states or both against the teacher's, end to end",
+    "finetune": "next-token prediction on text, of everything, the mixers or LoRA adapters",
 }
-_LAYERWISE = ("learning_rate", "small_factor", "forgetting", "prior_tokens", "batch_size", "epochs", "seed")
 # Windows held back from healing, on which the layers' errors are reported.
 _HELD_OUT = 4
 
@@ -74,26 +68,18 @@ def _parser() -> argparse.ArgumentParser:
     swap.add_argument("--output", required=True, help="folder to write; must not exist")
     swap.add_argument("--dry-run", action="store_true", help="say what would be done and write nothing")
 
-    heal = commands.add_parser("heal", help="make the mixers compute what the attention computed")
-    heal.set_defaults(run=_heal)
-    heal.add_argument("--model", required=True, help="converted model")
-    heal.add_argument("--teacher", required=True, help="the model that it was made from")
-    heal.add_argument("--data", required=True, help="text: .txt, .txt.gz, .jsonl or .jsonl.gz")
+    heal = commands.add_parser("heal", help="make the mixers compute what the attention computed, by stages")
     heal.add_argument("--recipe", help="YAML recipe; the options below override it")
-    heal.add_argument("--method", choices=("rls", "layerwise"), help="layerwise starts from rls")
-    heal.add_argument("--window", type=int, help="tokens read at once")
-    heal.add_argument("--rls-tokens", type=int, help="tokens for least squares")
-    heal.add_argument("--tokens", type=int, help="tokens for layerwise distillation")
-    heal.add_argument("--prior-tokens", type=float, help="weight of the prior of least squares, in tokens")
-    heal.add_argument("--learning-rate", type=float)
-    heal.add_argument("--small-factor", type=float, help="on the learning rate of decays, gates and convolutions")
-    heal.add_argument("--forgetting", type=float, help="share of the past that the filtered read-out forgets per batch")
-    heal.add_argument("--batch-size", type=int)
-    heal.add_argument("--epochs", type=float)
-    heal.add_argument("--seed", type=int)
-    heal.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    heal.add_argument("--output", required=True, help="folder to write; OUTPUT.work holds what a rerun continues from")
-    heal.add_argument("--dry-run", action="store_true", help="say what would be done and write nothing")
+    heal.add_argument("--stages", nargs="+", help=f"of {', '.join(STAGES)}; rls and layerwise when nothing is said")
+    heal.add_argument(
+        "--set", action="append", default=[], metavar="STAGE.SETTING=VALUE", help="setting of a stage; may be repeated"
+    )
+    _add_healing(heal)
+    for name, settings in STAGES.items():
+        stage = commands.add_parser(name, help=_STAGE_HELP[name])
+        for setting, default in settings.items():
+            stage.add_argument(f"--{setting.replace('_', '-')}", type=yaml.safe_load, help=f"{default} by default")
+        _add_healing(stage)
 
     check = commands.add_parser("verify", help="compare a converted model with the model it was made from")
     check.set_defaults(run=_verify)
@@ -111,6 +97,22 @@ def _parser() -> argparse.ArgumentParser:
         foreign.add_argument("--model", required=True, help="folder with the checkpoint")
         foreign.add_argument("--output", required=True, help="folder to write; must not exist")
     return parser
+
+
+def _add_healing(parser: argparse.ArgumentParser) -> None:
+    """What `heal` and its single stages have in common."""
+    parser.set_defaults(run=_heal)
+    parser.add_argument("--model", required=True, help="converted model")
+    parser.add_argument("--teacher", help="the model that it was made from; finetune does without")
+    parser.add_argument("--data", required=True, help="text: .txt, .txt.gz, .jsonl or .jsonl.gz")
+    parser.add_argument("--window", type=int, help="tokens read at once, 1024 by default")
+    parser.add_argument("--seed", type=int, help="of the order of windows, 0 by default")
+    parser.add_argument("--report-to", default="none", help="where the Trainer logs: tensorboard, wandb, none, ...")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--output", required=True, help="folder to write; OUTPUT.work holds what a rerun continues from"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done and write nothing")
 
 
 def _import_kla(options: argparse.Namespace) -> int:
@@ -136,12 +138,13 @@ def _merge(options: argparse.Namespace, section: dict[str, Any], defaults: dict[
     return {**defaults, **section, **given}
 
 
-def _mixer_fields(pairs: list[str]) -> dict[str, Any]:
+def _assignments(option: str, pairs: list[str]) -> dict[str, Any]:
+    """NAME=VALUE pairs with the values read as YAML."""
     fields = {}
     for pair in pairs:
         name, separator, value = pair.partition("=")
         if not separator:
-            raise ValueError(f"`--option` must look like FIELD=VALUE, got {pair!r}.")
+            raise ValueError(f"`{option}` must look like NAME=VALUE, got {pair!r}.")
         fields[name] = yaml.safe_load(value)
     return fields
 
@@ -150,7 +153,7 @@ def _swap(options: argparse.Namespace) -> int:
     section = load_recipe(options.recipe).get("swap", {}) if options.recipe else {}
     defaults = {"mixer": "gka", "layers": "half", "initialisation": "identity", "seed": 0}
     settings = _merge(options, {k: v for k, v in section.items() if k != "options"}, defaults)
-    fields = {**section.get("options", {}), **_mixer_fields(options.option)}
+    fields = {**section.get("options", {}), **_assignments("--option", options.option)}
     if Path(options.model).exists():
         check_checkpoint(options.model)
     source = AutoConfig.from_pretrained(options.model)
@@ -186,55 +189,82 @@ def _save(
         (folder / name).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
+def _healing(options: argparse.Namespace) -> tuple[tuple[Stage, ...], int, int]:
+    """Stages, window and seed: defaults, overridden by the recipe, overridden by the command line."""
+    section: dict[str, Any] = {}
+    if options.command in STAGES:
+        given = {name: getattr(options, name) for name in STAGES[options.command]}
+        stages: Any = [{options.command: {name: value for name, value in given.items() if value is not None}}]
+    else:
+        section = load_recipe(options.recipe).get("heal", {}) if options.recipe else {}
+        stages = options.stages or section.get("stages", ["rls", "layerwise"])
+        stages = _with_settings(stages, options.set)
+    settings = _merge(options, {k: v for k, v in section.items() if k != "stages"}, {"window": 1024, "seed": 0})
+    return read_stages(stages), settings["window"], settings["seed"]
+
+
+def _with_settings(stages: list[Any], pairs: list[str]) -> list[Any]:
+    """Stages with STAGE.SETTING=VALUE put into every stage of that name."""
+    own = {stage.name: {} for stage in read_stages(stages)}
+    for name, value in _assignments("--set", pairs).items():
+        stage, _, setting = name.partition(".")
+        if stage not in own or not setting:
+            raise ValueError(f"`--set` must look like STAGE.SETTING=VALUE with a stage of {tuple(own)}, got {name!r}.")
+        own[stage][setting] = value
+    pieces = [(stage, {}) if isinstance(stage, str) else next(iter(stage.items())) for stage in stages]
+    return [{name: {**(given or {}), **own[name]}} for name, given in pieces]
+
+
 def _heal(options: argparse.Namespace) -> int:
-    section = load_recipe(options.recipe).get("heal", {}) if options.recipe else {}
-    settings = _merge(options, section, _HEAL_DEFAULTS)
-    layerwise = settings["method"] == "layerwise"
-    length = settings["window"]
-    for name in ("window", "rls_tokens", *(("tokens",) if layerwise else ())):
-        if settings[name] < (2 if name == "window" else length):
-            raise ValueError(
-                f"`--{name.replace('_', '-')}` must be at least {2 if name == 'window' else length}, got "
-                f"{settings[name]}."
-            )
+    stages, length, seed = _healing(options)
+    needed = window_counts(stages, length) + _HELD_OUT
     documents = read_documents(options.data)
     check_output(options.output)
+    if options.teacher is None and any(stage.name != "finetune" for stage in stages):
+        raise ValueError("`--teacher` must be given for all stages but finetune.")
     for folder in (options.model, options.teacher):
-        if Path(folder).exists():
+        if folder is not None and Path(folder).exists():
             check_checkpoint(folder)
-    rls_windows = settings["rls_tokens"] // length
-    train_windows = settings["tokens"] // length if layerwise else 0
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    windows = token_windows(tokenizer, documents, length, max(rls_windows, train_windows) + _HELD_OUT)
-    _say(f"{settings['method']} on {windows.numel() - _HELD_OUT * length} tokens of {options.data}")
+    windows = token_windows(tokenizer, documents, length, needed)
+    names = ", ".join(stage.name for stage in stages)
+    _say(f"{names} on up to {(needed - _HELD_OUT) * length} tokens of {options.data}")
     work = Path(f"{options.output}.work")
-    identity = {**settings, "model": options.model, "teacher": options.teacher, "data": options.data}
+    told = [{stage.name: stage.settings} for stage in stages]
+    identity = {"model": options.model, "teacher": options.teacher, "data": options.data}
+    identity = {**identity, "window": length, "seed": seed, "stages": told}
     _check_work(work, identity)
-    teacher = load_model(options.teacher, torch.float32, options.device)
-    student = load_model(options.model, torch.float32, options.device)
-    check_pair(student, teacher)
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if options.device == "cuda" and "LOCAL_RANK" in os.environ else None
+    student = load_model(options.model, torch.float32, device or options.device)
+    teacher = None if options.teacher is None else load_model(options.teacher, torch.float32, device or options.device)
+    if teacher is not None:
+        check_pair(student, teacher)
     if options.dry_run:
         _say("dry run: nothing written")
         return 0
     work.mkdir(parents=True, exist_ok=True)
     (work / "settings.json").write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
-    held_out, windows = windows[:_HELD_OUT], windows[_HELD_OUT:]
-    prior = settings["prior_tokens"]
-    report, filters = heal_rls(student, teacher, windows[:rls_windows], prior_tokens=prior, work=work)
-    reports = [report]
-    errors = {"rls": layer_errors(student, teacher, held_out)}
-    if layerwise:
-        chosen = {name: settings[name] for name in _LAYERWISE}
-        folder = work / "layerwise"
-        reports.append(heal_layerwise(student, teacher, windows[:train_windows], filters, work=folder, **chosen))
-        errors["layerwise"] = layer_errors(student, teacher, held_out)
-    stages = [{"stage": r.stage, "tokens": r.tokens, "seconds": round(r.seconds, 1)} for r in reports]
-    _save(student, options.model, options.output, "healing.json", {**identity, "stages": stages, "errors": errors})
-    shutil.rmtree(work)
-    for stage in stages:
-        mean = sum(errors[stage["stage"]].values()) / len(errors[stage["stage"]])
-        _say(f"{stage['stage']}: {stage['tokens']} tokens, {stage['seconds']} s, mean relative error {mean:.3f}")
-    _say(f"written to {options.output}")
+    held_out, windows, ran = windows[:_HELD_OUT], windows[_HELD_OUT:], []
+
+    def after(report: HealingReport) -> None:
+        ran.append({"stage": report.stage, "tokens": report.tokens, "seconds": round(report.seconds, 1)})
+        text = f"{report.stage}: {report.tokens} tokens, {report.seconds:.1f} s"
+        if teacher is not None:
+            errors = layer_errors(student, teacher, held_out)
+            ran[-1]["layer_errors"] = errors
+            text += f", mean relative error {sum(errors.values()) / len(errors):.3f}"
+        _say(text)
+
+    report_to = [] if options.report_to == "none" else options.report_to.split(",")
+    run_stages(student, teacher, windows, stages, work=work, seed=seed, after=after, report_to=report_to)
+    if is_main():
+        record = {**identity, "ran": ran}
+        earlier = Path(options.model) / "healing.json"
+        if earlier.is_file():
+            record["earlier"] = json.loads(earlier.read_text(encoding="utf-8"))
+        _save(student, options.model, options.output, "healing.json", record)
+        shutil.rmtree(work)
+        _say(f"written to {options.output}")
     return 0
 
 

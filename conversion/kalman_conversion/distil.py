@@ -266,6 +266,9 @@ def _training_only(student: PreTrainedModel, trained: str) -> Iterator[None]:
     restore, training = restored([*student.parameters()]), student.training
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(trained == "all" or ".mixer." in name)
+        if trained == "all":
+            # It may be in a teacher's memory since an earlier stage.
+            parameter.data = parameter.data.clone()
     try:
         yield
     finally:
@@ -299,7 +302,10 @@ def heal_distil(
         work: folder for Trainer's checkpoints; a run that finds one there continues from it bit for bit.
         training: see `Training`.
         trained: "mixers", or "all" for the whole student.
-        logits_weight, hidden_weight, temperature, top_k: see `DistillationTrainer`.
+        logits_weight: see `DistillationTrainer`.
+        hidden_weight: see `DistillationTrainer`.
+        temperature: see `DistillationTrainer`.
+        top_k: see `DistillationTrainer`.
         callbacks: further callbacks for the `Trainer`.
         more: passed on to `transformers.TrainingArguments` (`report_to`, `logging_steps`, `gradient_checkpointing`).
 
@@ -352,7 +358,8 @@ def heal_finetune(
         trained: "all", "mixers", or "lora": adapters of rank `lora_rank` on all projections that `peft` knows for the
             model type, merged into the weights at the end.
         lora_rank: rank of the adapters; their alpha is twice that.
-        callbacks, more: see `heal_distil`.
+        callbacks: further callbacks for the `Trainer`.
+        more: passed on to `transformers.TrainingArguments`.
 
     Raises:
         ValueError: an argument is out of its range.

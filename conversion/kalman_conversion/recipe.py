@@ -16,19 +16,7 @@ _SECTIONS = {
     "heal": dict,
 }
 _SWAP = ("mixer", "layers", "initialisation", "seed", "options")
-_HEAL = (
-    "method",
-    "window",
-    "rls_tokens",
-    "tokens",
-    "prior_tokens",
-    "learning_rate",
-    "small_factor",
-    "forgetting",
-    "batch_size",
-    "epochs",
-    "seed",
-)
+_HEAL = ("window", "seed", "stages")
 
 
 def load_recipe(path: str | Path) -> dict[str, Any]:
@@ -36,7 +24,7 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
 
     Args:
         path: YAML file with the sections `description`, `source`, `swap` (arguments of `swap_attention`; `options` are
-            fields of `GKAConfig`) and `heal` (arguments of `kalman-convert heal`).
+            fields of `GKAConfig`) and `heal` (`window` and `seed`, and `stages` as `read_stages` takes them).
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -58,4 +46,6 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
         for name in recipe.get(section, {}):
             if name not in known:
                 raise ValueError(f"load_recipe: section `{section}` must hold entries of {known}, got {name!r}.")
+    if not isinstance(recipe.get("heal", {}).get("stages", []), list):
+        raise ValueError(f"load_recipe: `stages` of section `heal` must be a list, got {recipe['heal']['stages']!r}.")
     return recipe

@@ -7,7 +7,7 @@ import torch
 from tiny_teachers import teacher
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kalman_conversion import cli
+from kalman_conversion import cli, stages
 from kalman_conversion.heal import heal_layerwise
 
 SWAP = [
@@ -20,7 +20,7 @@ SWAP = [
     "--option",
     "use_local_values=true",
 ]
-HEAL = ["--window", "20", "--rls-tokens", "200", "--tokens", "100", "--device", "cpu"]
+HEAL = ["--window", "20", "--set", "rls.tokens=200", "--set", "layerwise.tokens=100", "--device", "cpu"]
 
 
 def swap(teacher_folder, output, *extra):
@@ -44,8 +44,9 @@ def test_swap_heal_verify(teacher_folder, text, tmp_path, capsys):
     batch = AutoTokenizer.from_pretrained(tmp_path / "healed")(["gain", "a prior"], padding=True, return_tensors="pt")
     assert model.generate(**batch, max_new_tokens=4, do_sample=False).shape[0] == 2
     record = json.loads((tmp_path / "healed" / "healing.json").read_text())
-    assert [s["stage"] for s in record["stages"]] == ["rls", "layerwise"]
-    assert [s["tokens"] for s in record["stages"]] == [200, 100]
+    assert [s["stage"] for s in record["ran"]] == ["rls", "layerwise"]
+    assert [s["tokens"] for s in record["ran"]] == [200, 100]
+    assert all(set(s["layer_errors"]) == {"1", "3"} for s in record["ran"])
     assert json.loads((tmp_path / "healed" / "conversion.json").read_text())["layers"] == [1, 3]
     assert not (tmp_path / "healed.work").exists()
     capsys.readouterr()
@@ -70,7 +71,7 @@ def test_recipe_gives_defaults_and_options_override(teacher_folder, text, tmp_pa
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "swap: {layers: [0, 2], initialisation: reference, options: {solver: exact}}\n"
-        "heal: {method: rls, window: 20, rls_tokens: 100}\n"
+        "heal: {window: 20, stages: [rls: {tokens: 100}, finetune: {tokens: 40, learning_rate: 1e-4}]}\n"
     )
     common = ["--model", str(teacher_folder), "--recipe", str(recipe)]
     assert cli.main(["swap", *common, "--output", str(tmp_path / "a")]) == 0
@@ -80,7 +81,9 @@ def test_recipe_gives_defaults_and_options_override(teacher_folder, text, tmp_pa
     assert all(r["initialisation"] == "reference" and r["options"] == {"solver": "exact"} for r in records)
     arguments = ["--teacher", str(teacher_folder), "--data", str(text), "--device", "cpu", "--recipe", str(recipe)]
     assert cli.main(["heal", "--model", str(tmp_path / "a"), "--output", str(tmp_path / "c"), *arguments]) == 0
-    assert [s["stage"] for s in json.loads((tmp_path / "c" / "healing.json").read_text())["stages"]] == ["rls"]
+    record = json.loads((tmp_path / "c" / "healing.json").read_text())
+    assert [(s["stage"], s["tokens"]) for s in record["ran"]] == [("rls", 100), ("finetune", 160)]
+    assert record["stages"][1]["finetune"]["learning_rate"] == 1e-4
 
 
 def test_an_interrupted_heal_continues_to_the_same_bits(teacher_folder, text, tmp_path, monkeypatch):
@@ -90,11 +93,11 @@ def test_an_interrupted_heal_continues_to_the_same_bits(teacher_folder, text, tm
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "heal_layerwise", interrupted)
+    monkeypatch.setattr(stages, "heal_layerwise", interrupted)
     with pytest.raises(KeyboardInterrupt):
         heal(tmp_path / "swapped", teacher_folder, text, tmp_path / "healed")
-    assert not (tmp_path / "healed").exists() and (tmp_path / "healed.work" / "rls.pt").exists()
-    monkeypatch.setattr(cli, "heal_layerwise", heal_layerwise)
+    assert not (tmp_path / "healed").exists() and (tmp_path / "healed.work" / "0-rls" / "rls.pt").exists()
+    monkeypatch.setattr(stages, "heal_layerwise", heal_layerwise)
     assert heal(tmp_path / "swapped", teacher_folder, text, tmp_path / "healed", "--seed", "1") == 2
     assert heal(tmp_path / "swapped", teacher_folder, text, tmp_path / "healed") == 0
     a, b = (AutoModelForCausalLM.from_pretrained(tmp_path / n).state_dict() for n in ("whole", "healed"))
@@ -114,7 +117,7 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(teacher_folder, text, tm
         (["swap", *base, "--mixer", "mamba"], "`mixer` must be one of"),
         (["swap", *base, "--layers", "1,9"], "indices from 0 to 3"),
         (["swap", *base, "--initialisation", "magic"], "`initialisation` must be"),
-        (["swap", *base, "--option", "solver"], "FIELD=VALUE"),
+        (["swap", *base, "--option", "solver"], "NAME=VALUE"),
         (["swap", *base, "--option", "linear_num_query_heads=2"], "q_proj of shape"),
         (["swap", *base, "--recipe", str(tmp_path / "none.yaml")], "does not exist"),
         (["swap", "--model", str(tmp_path / "nowhere"), "--output", str(out)], "nowhere"),
@@ -128,8 +131,16 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(teacher_folder, text, tm
         ([], other, text, "its vocab_size is 62, the student's 61"),
         ([], teacher_folder, tmp_path / "none.txt", "does not exist"),
         ([], teacher_folder, empty, "holds no text"),
-        (["--tokens", "5"], teacher_folder, text, "`--tokens` must be at least 20"),
-        (["--rls-tokens", "999999"], teacher_folder, text, "must fill"),
+        (["--set", "rls.tokens=5"], teacher_folder, text, "`tokens` of stage 'rls' must be at least 20"),
+        (["--set", "rls.tokens=999999"], teacher_folder, text, "must fill"),
+        (["--set", "rls.steps=5"], teacher_folder, text, "stage 'rls' must hold settings of"),
+        (
+            ["--set", "distil.tokens=50"],
+            teacher_folder,
+            text,
+            "STAGE.SETTING=VALUE with a stage of ('rls', 'layerwise')",
+        ),
+        (["--stages", "boil"], teacher_folder, text, "stages must be of"),
     ):
         assert heal(student, source, data, out, *extra) == 2
         assert message in capsys.readouterr().err
@@ -155,3 +166,34 @@ def test_console_script_and_module():
         [sys.executable, "-m", "kalman_conversion", "--help"], capture_output=True, text=True, check=True
     )
     assert "swap" in out.stdout and "heal" in out.stdout and "verify" in out.stdout
+
+
+def test_every_stage_is_a_command_and_continues_the_one_before(teacher_folder, text, tmp_path, capsys):
+    assert swap(teacher_folder, tmp_path / "0") == 0
+    common = ["--data", str(text), "--window", "20", "--device", "cpu"]
+    teacher_option = ["--teacher", str(teacher_folder)]
+    orders = [
+        ["rls", *teacher_option, "--tokens", "100"],
+        ["layerwise", *teacher_option, "--tokens", "100", "--rls-tokens", "100", "--learning-rate", "1e-3"],
+        ["distil", *teacher_option, "--tokens", "200", "--epochs", "2", "--top-k", "9", "--bf16", "false"],
+        ["finetune", "--tokens", "200", "--trained", "lora", "--lora-rank", "2"],
+    ]
+    for number, (name, *own) in enumerate(orders):
+        folders = ["--model", str(tmp_path / str(number)), "--output", str(tmp_path / str(number + 1))]
+        assert cli.main([name, *folders, *common, *own]) == 0, capsys.readouterr().err
+    record, names = json.loads((tmp_path / "4" / "healing.json").read_text()), []
+    while record is not None:
+        names += [stage["stage"] for stage in record["ran"]]
+        record = record.get("earlier")
+    assert names == ["finetune", "distil", "layerwise", "rls"]
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / str(n)).state_dict() for n in range(5)]
+    for before, now in zip(models, models[1:], strict=False):
+        assert before.keys() == now.keys()
+        assert not all(torch.equal(before[name], now[name]) for name in now if ".mixer." in name)
+    kept = [name for name in models[0] if ".mixer." not in name]
+    assert all(torch.equal(models[0][name], models[3][name]) for name in kept)
+    arguments = ["distil", "--model", str(tmp_path / "1"), "--output", str(tmp_path / "out"), *common]
+    assert cli.main(arguments) == 2
+    assert "`--teacher` must be given" in capsys.readouterr().err
+    assert cli.main([*arguments, *teacher_option, "--tokens", "many"]) == 2
+    assert "`tokens` of stage 'distil' must be of type int, got 'many'" in capsys.readouterr().err

@@ -1,0 +1,120 @@
+import pytest
+import torch
+from test_distil import Kill
+from test_heal import pair
+from tiny_teachers import tokens
+
+from kalman_conversion import heal as healing
+from kalman_conversion import read_stages, run_stages, stages
+from kalman_conversion.stages import window_counts
+
+RECIPE = [
+    {"rls": {"tokens": 160}},
+    {"layerwise": {"tokens": 160}},
+    {"distil": {"tokens": 320, "batch_size": 4, "learning_rate": 3e-3, "save_every": 2}},
+    {"finetune": {"tokens": 320, "batch_size": 4, "save_every": 2}},
+]
+
+
+def run(student, source, work, recipe=RECIPE, **options):
+    return run_stages(student, source, tokens(20, 16), read_stages(recipe), work=work, progress=False, **options)
+
+
+def test_stages_read_defaults_and_types():
+    rls, distil = read_stages(["rls", {"distil": {"learning_rate": "1e-3", "temperature": 2, "top_k": None}}])
+    assert rls.settings == stages.STAGES["rls"]
+    assert distil.settings == {**stages.STAGES["distil"], "learning_rate": 1e-3, "temperature": 2.0}
+    assert window_counts([rls, distil], 1024) == 4096
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "at least one stage"),
+        (["melt"], "of \\('rls', 'layerwise', 'distil', 'finetune'\\), got 'melt'"),
+        ([{"rls": {}, "distil": {}}], "a name or one"),
+        ([{"rls": 3}], "settings of stage 'rls' must be a mapping"),
+        (["rls", {"layerwise": {"rls_tokens": 64}}], "must hold settings of .* got 'rls_tokens'"),
+        ([{"rls": {"epochs": 3}}], "must hold settings of .* got 'epochs'"),
+        ([{"rls": {"tokens": True}}], "`tokens` of stage 'rls' must be of type int, got True"),
+        ([{"rls": {"tokens": None}}], "must be of type int, got None"),
+        ([{"distil": {"bf16": 1}}], "`bf16` of stage 'distil' must be of type bool, got 1"),
+    ],
+)
+def test_stages_refuse(given, message):
+    with pytest.raises(ValueError, match=message):
+        read_stages(given)
+
+
+def test_stages_refuse_runs_that_they_cannot_make(tmp_path):
+    source, student = pair()
+    with pytest.raises(ValueError, match="stage 'rls' needs a `teacher`"):
+        run(student, None, tmp_path)
+    with pytest.raises(ValueError, match="`window` must be at least 2, got 1"):
+        window_counts(read_stages(RECIPE), 1)
+    assert not any(tmp_path.iterdir())
+
+
+# Steps of the whole run: 10 of layerwise, 5 of distil, 5 of finetune.
+@pytest.mark.parametrize("stage", ["layerwise", "distil", "finetune"])
+def test_recipe_killed_in_any_stage_resumes_bit_for_bit(tmp_path, stage, monkeypatch):
+    source, student = pair()
+    seen = []
+    reports = run(student, source, tmp_path / "whole", after=seen.append)
+    assert [r.stage for r in reports] == ["rls", "layerwise", "distil", "finetune"] and seen == reports
+    source, other = pair()
+    real = getattr(stages, f"heal_{stage}")
+    monkeypatch.setattr(stages, f"heal_{stage}", lambda *a, **k: real(*a, **{**k, "callbacks": [Kill(3)]}))
+    with pytest.raises(KeyboardInterrupt):
+        run(other, source, tmp_path / "killed")
+    monkeypatch.undo()
+    source, other = pair()
+    seen.clear()
+    run(other, source, tmp_path / "killed", after=seen.append)
+    assert [r.stage for r in seen] == ["rls", "layerwise", "distil", "finetune"]
+    for name, value in student.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+
+
+def test_layerwise_alone_starts_from_its_own_least_squares(tmp_path):
+    source, student = pair()
+    run(student, source, tmp_path / "a", RECIPE[:2])
+    source, other = pair()
+    run(other, source, tmp_path / "b", [{"layerwise": {"tokens": 160, "rls_tokens": 160}}])
+    for name, value in student.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+
+
+def test_a_later_stage_that_trains_everything_leaves_the_teacher_alone(tmp_path):
+    """Distillation of the mixers puts frozen weights into the teacher's memory."""
+    source, student = pair()
+    before = {name: value.clone() for name, value in source.state_dict().items()}
+    run(student, source, tmp_path, [*RECIPE[2:], {"distil": {"tokens": 64, "batch_size": 4, "trained": "all"}}])
+    assert all(torch.equal(before[name], value) for name, value in source.state_dict().items())
+
+
+def test_half_written_stage_is_run_again(tmp_path, monkeypatch):
+    source, student = pair()
+    run(student, source, tmp_path / "whole", RECIPE[:1])
+    source, other = pair()
+
+    def full(tensors, file):
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(stages, "save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        run(other, source, tmp_path / "full", RECIPE[:1])
+    monkeypatch.undo()
+    source, other = pair()
+    run(other, source, tmp_path / "full", RECIPE[:1])
+    assert all(torch.equal(v, other.state_dict()[k]) for k, v in student.state_dict().items())
+
+
+def test_several_processes_are_refused_where_stages_need_one(monkeypatch, tmp_path):
+    source, student = pair()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *a: 2)
+    with pytest.raises(ValueError, match="stage 'rls' runs in one process, got 2"):
+        run(student, source, tmp_path)
+    assert healing.swapped_layers(student) == (1, 3)
