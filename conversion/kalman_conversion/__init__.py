@@ -2,6 +2,7 @@
 
 from .distil import Training, heal_distil, heal_finetune, soft_divergence
 from .heal import check_pair, heal_layerwise, heal_rls, layer_errors
+from .layer_selection import choose_layers, rank_layers
 from .plan import FAMILIES, MIXERS, ConversionPlan, plan_conversion, resolve_layers
 from .rls import RecursiveLeastSquares
 from .stages import STAGES, read_stages, run_stages
@@ -18,6 +19,7 @@ __all__ = [
     "Training",
     "check_checkpoint",
     "check_pair",
+    "choose_layers",
     "heal_distil",
     "heal_finetune",
     "heal_layerwise",
@@ -27,6 +29,7 @@ __all__ = [
     "load_model",
     "perplexity",
     "plan_conversion",
+    "rank_layers",
     "read_documents",
     "read_stages",
     "resolve_layers",

@@ -1,4 +1,4 @@
-"""`kalman-convert`: swap, heal and its stages one by one, verify, import-kla, export-kla."""
+"""`kalman-convert`: select, swap, heal and its stages one by one, verify, and foreign checkpoints in and out."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from hf_kalman.cache import cache_bytes
 from .files import check_output, new_folder
 from .foreign.kla import export_kla, import_kla
 from .heal import HealingReport, check_pair, layer_errors
+from .layer_selection import CRITERIA, choose_layers, plot_ranking, rank_layers, read_ranking
 from .plan import MIXERS, mixer_options, plan_conversion
 from .recipe import load_recipe
 from .stages import STAGES, Stage, is_main, read_stages, run_stages, window_counts
@@ -35,6 +36,7 @@ _STAGE_HELP = {
     "distil": "the student's next tokens, final hidden states or both against the teacher's, end to end",
     "finetune": "next-token prediction on text, of everything, the mixers or LoRA adapters",
 }
+_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Windows held back from healing, on which the layers' errors are reported.
 _HELD_OUT = 4
 
@@ -58,15 +60,31 @@ def _parser() -> argparse.ArgumentParser:
     swap.add_argument("--model", required=True, help="folder or Hub id of a Llama, Mistral, Qwen2 or Qwen3 causal LM")
     swap.add_argument("--recipe", help="YAML recipe; the options below override it")
     swap.add_argument("--mixer", help=f"one of {', '.join(MIXERS)}")
-    swap.add_argument("--layers", help="indices like 2,4,7, or half, all, none")
+    swap.add_argument("--layers", help="indices like 2,4,7, or half, all, none, or auto:COUNT with --ranking or --data")
+    swap.add_argument("--ranking", help="what `select` wrote, for --layers auto:COUNT")
+    swap.add_argument("--criterion", default="greedy", help=f"for --layers auto:COUNT; one of {', '.join(CRITERIA)}")
+    _add_ranking(swap, required=False)
     swap.add_argument("--initialisation", help="identity or reference")
     swap.add_argument(
         "--option", action="append", default=[], metavar="FIELD=VALUE", help="field of GKAConfig or KLAConfig"
     )
     swap.add_argument("--seed", type=int)
+    swap.add_argument("--device", default=_DEVICE, help="for --layers auto:COUNT")
     swap.add_argument("--max-shard-size", default="5GB", help="of one safetensors file")
     swap.add_argument("--output", required=True, help="folder to write; must not exist")
     swap.add_argument("--dry-run", action="store_true", help="say what would be done and write nothing")
+
+    select = commands.add_parser("select", help="measure which attention layers the model misses least")
+    select.set_defaults(run=_select)
+    select.add_argument("--model", required=True, help="folder or Hub id of a causal LM that can be converted")
+    select.add_argument("--mixer", default="gka", help=f"one of {', '.join(MIXERS)}")
+    select.add_argument("--count", type=int, help="layers that the greedy criterion chooses; half of them by default")
+    select.add_argument(
+        "--option", action="append", default=[], metavar="FIELD=VALUE", help="field of GKAConfig or KLAConfig"
+    )
+    _add_ranking(select, required=True)
+    select.add_argument("--device", default=_DEVICE)
+    select.add_argument("--output", required=True, help="JSON file to write, with a .png beside it; must not exist")
 
     heal = commands.add_parser("heal", help="make the mixers compute what the attention computed, by stages")
     heal.add_argument("--recipe", help="YAML recipe; the options below override it")
@@ -89,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--window", type=int, default=1024)
     check.add_argument("--tokens", type=int, default=4096)
     check.add_argument("--context", type=int, default=8192, help="context length for the cache sizes")
-    check.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    check.add_argument("--device", default=_DEVICE)
 
     for name, other, run in (("import-kla", "into one of", _import_kla), ("export-kla", "out of one of", _export_kla)):
         foreign = commands.add_parser(name, help=f"a checkpoint of the kla package {other} this package")
@@ -97,6 +115,16 @@ def _parser() -> argparse.ArgumentParser:
         foreign.add_argument("--model", required=True, help="folder with the checkpoint")
         foreign.add_argument("--output", required=True, help="folder to write; must not exist")
     return parser
+
+
+def _add_ranking(parser: argparse.ArgumentParser, required: bool) -> None:
+    """What a ranking of layers is measured on."""
+    parser.add_argument("--data", required=required, help="text for least squares: .txt or .jsonl, plain or .gz")
+    parser.add_argument("--selection-data", help="text for the criteria; the start of --data when it is not given")
+    parser.add_argument("--window", type=int, default=1024, help="tokens read at once")
+    parser.add_argument("--rls-tokens", type=int, default=65536)
+    parser.add_argument("--selection-tokens", type=int, default=8192)
+    parser.add_argument("--keep", default="0,1", help="layers that must stay attention, like 0,1")
 
 
 def _add_healing(parser: argparse.ArgumentParser) -> None:
@@ -108,7 +136,7 @@ def _add_healing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window", type=int, help="tokens read at once, 1024 by default")
     parser.add_argument("--seed", type=int, help="of the order of windows, 0 by default")
     parser.add_argument("--report-to", default="none", help="where the Trainer logs: tensorboard, wandb, none, ...")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=_DEVICE)
     parser.add_argument(
         "--output", required=True, help="folder to write; OUTPUT.work holds what a rerun continues from"
     )
@@ -149,6 +177,66 @@ def _assignments(option: str, pairs: list[str]) -> dict[str, Any]:
     return fields
 
 
+def _rank(options: argparse.Namespace, count: int | None, mixer: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """The ranking of `rank_layers` on the text that the options name."""
+    try:
+        keep = [int(part) for part in options.keep.split(",") if part]
+    except ValueError:
+        raise ValueError(f"`--keep` must be indices like 0,1, got {options.keep!r}.") from None
+    length = options.window
+    numbers = {name: getattr(options, name) // length for name in ("rls_tokens", "selection_tokens")}
+    for name, number in numbers.items():
+        if number < 1:
+            raise ValueError(f"`--{name.replace('_', '-')}` must be at least {length}, got {getattr(options, name)}.")
+    if Path(options.model).exists():
+        check_checkpoint(options.model)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    healing, measuring = numbers["rls_tokens"] + 1, numbers["selection_tokens"]
+    if options.selection_data is None:
+        windows = token_windows(tokenizer, read_documents(options.data), length, healing + measuring)
+        selection, windows = windows[:measuring], windows[measuring:]
+    else:
+        windows = token_windows(tokenizer, read_documents(options.data), length, healing)
+        selection = token_windows(tokenizer, read_documents(options.selection_data), length, measuring)
+    teacher = load_model(options.model, torch.float32, options.device).eval()
+    count = (teacher.config.num_hidden_layers - len(keep)) // 2 if count is None else count
+    options_ = {"count": count, "mixer": mixer, "keep": keep, **fields}
+    return rank_layers(teacher, windows, selection, **options_)
+
+
+def _select(options: argparse.Namespace) -> int:
+    output = Path(options.output)
+    if output.exists():
+        raise FileExistsError(f"`--output` {str(output)!r} exists already; choose another file or remove it.")
+    if output.suffix != ".json":
+        raise ValueError(f"`--output` must end in .json, got {output.name!r}.")
+    ranking = _rank(options, options.count, options.mixer, _assignments("--option", options.option))
+    ranking["model"] = str(options.model)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_suffix(".tmp")
+    temporary.write_text(json.dumps(ranking, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(output)
+    plot_ranking(ranking, output.with_suffix(".png"))
+    chosen = choose_layers(ranking, len(ranking["greedy"]))
+    _say(f"greedy: {', '.join(str(index) for index, _ in ranking['greedy'])}")
+    _say(f"written to {output}; use it with `kalman-convert swap --layers auto:{len(chosen)} --ranking {output}`")
+    return 0
+
+
+def _chosen_layers(options: argparse.Namespace, layers: Any, mixer: str, fields: dict[str, Any]) -> Any:
+    """`layers`, with auto:COUNT turned into indices."""
+    if not isinstance(layers, str) or not layers.startswith("auto"):
+        return layers
+    word, _, number = layers.partition(":")
+    if word != "auto" or not number.isdigit():
+        raise ValueError(f"`--layers` must look like auto:COUNT, got {layers!r}.")
+    if options.ranking is not None:
+        return choose_layers(read_ranking(options.ranking), int(number), options.criterion)
+    if options.data is None:
+        raise ValueError(f"`--layers {layers}` needs `--ranking`, or `--data` to measure on.")
+    return choose_layers(_rank(options, int(number), mixer, fields), int(number), options.criterion)
+
+
 def _swap(options: argparse.Namespace) -> int:
     section = load_recipe(options.recipe).get("swap", {}) if options.recipe else {}
     defaults = {"mixer": "gka", "layers": "half", "initialisation": "identity", "seed": 0}
@@ -158,8 +246,9 @@ def _swap(options: argparse.Namespace) -> int:
         check_checkpoint(options.model)
     source = AutoConfig.from_pretrained(options.model)
     fields = mixer_options(source, settings["initialisation"], fields, settings["mixer"])
-    plan = plan_conversion(source, settings["mixer"], settings["layers"], **fields)
     check_output(options.output)
+    settings["layers"] = _chosen_layers(options, settings["layers"], settings["mixer"], fields)
+    plan = plan_conversion(source, settings["mixer"], settings["layers"], **fields)
     before, after = (cache_bytes(c, 8192, torch.float32) for c in (source, plan.config))
     _say(f"{options.model}: {plan.source_type}, {source.num_hidden_layers} layers")
     _say(f"{settings['mixer']} in {len(plan.layers)} layers: {', '.join(map(str, plan.layers)) or 'none'}")

@@ -18,9 +18,12 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from .heal import HealingReport, check_pair
+from .swap import materialise_buffers
 from .trainer import HealingTrainer, TokenWindows, restored, training_arguments
 
 __all__ = ["DistillationTrainer", "Training", "heal_distil", "heal_finetune", "share_frozen", "soft_divergence"]
@@ -238,12 +241,29 @@ class Training(NamedTuple):
         return training_arguments(work, device=device, more={**own, **more}, **options)
 
 
+def _unshard(student: PreTrainedModel) -> None:
+    """Make a model that FSDP2 has sharded a plain one again, in place, on every process."""
+    if not isinstance(student, FSDPModule):
+        return
+    state = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in student.state_dict().items()}
+    family = next(c for c in type(student).__mro__ if not issubclass(c, FSDPModule))
+    with torch.device("meta"):
+        plain = family(student.config)  # pyright: ignore[reportCallIssue]
+    plain.load_state_dict(state, assign=True)
+    plain.tie_weights()
+    plain.generation_config = student.generation_config
+    materialise_buffers(plain, next(iter(state.values())).device)
+    object.__setattr__(student, "__class__", family)
+    student.__dict__ = plain.__dict__
+
+
 def _run(stage: str, student: PreTrainedModel, trainer: HealingTrainer, windows: Tensor) -> HealingReport:
     """Run a trainer and leave the student as a plain model again."""
     started = time.monotonic()
     steps = trainer.run()
     # Takes autocast off the student's forward.
     trainer.accelerator.unwrap_model(student, keep_fp32_wrapper=False)
+    _unshard(student)
     args = trainer.args
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     return HealingReport(stage, steps * rows * windows.shape[1], time.monotonic() - started)

@@ -108,7 +108,8 @@ def _indices(layers: str | Path | Sequence[int], count: int) -> Sequence[int]:
         return [int(part) for part in str(layers).split(",")]
     except ValueError:
         raise ValueError(
-            f"swap_attention: `layers` must be 'all', 'half', 'none' or indices like '2,4,7', got {layers!r}."
+            "swap_attention: `layers` must be 'all', 'half', 'none' or indices like '2,4,7' (`choose_layers` finds "
+            f"some), got {layers!r}."
         ) from None
 
 

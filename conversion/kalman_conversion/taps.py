@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-__all__ = ["AttentionTaps", "zeroed_attention"]
+__all__ = ["AttentionTaps", "windowed_attention", "zeroed_attention"]
 
 
 class _Finished(Exception):
@@ -76,5 +76,29 @@ class zeroed_attention:  # noqa: N801 - used as a function
 
     def __exit__(self, *_) -> None:
         """Give them their voice back."""
+        for handle in self.handles:
+            handle.remove()
+
+
+class windowed_attention:  # noqa: N801 - used as a function
+    """Within this context the given attention layers of a model see only the last `window` tokens."""
+
+    def __init__(self, model: PreTrainedModel, layers: Sequence[int], window: int) -> None:
+        self.attention, self.window = [model.model.layers[index].self_attn for index in layers], window
+
+    def __enter__(self) -> None:
+        """Put the mask in."""
+        self.handles = [m.register_forward_pre_hook(self._mask, with_kwargs=True) for m in self.attention]
+
+    def _mask(self, module, args, kwargs):
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        seen = torch.ones(hidden.shape[1], hidden.shape[1], dtype=torch.bool, device=hidden.device)
+        seen = seen.tril().triu(1 - self.window)[None, None]
+        mask = torch.zeros(seen.shape, dtype=hidden.dtype, device=hidden.device)
+        mask.masked_fill_(~seen, torch.finfo(hidden.dtype).min)
+        return args, {**kwargs, "attention_mask": mask}
+
+    def __exit__(self, *_) -> None:
+        """Take the mask away."""
         for handle in self.handles:
             handle.remove()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 
 __all__ = ["read_documents", "token_windows"]
 
+# Documents tokenised at once, in parallel where the tokenizer can.
+_DOCUMENTS = 64
 _SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz")
 
 
@@ -85,12 +88,11 @@ def token_windows(tokenizer, documents: Iterable[str], length: int, count: int |
     """
     tokens: list[int] = []
     wanted = None if count is None else count * length
-    for document in documents:
-        tokens += tokenizer(document, add_special_tokens=False)["input_ids"]
-        if tokenizer.eos_token_id is not None:
-            tokens.append(tokenizer.eos_token_id)
-        if wanted is not None and len(tokens) >= wanted:
-            break
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    documents = iter(documents)
+    while (wanted is None or len(tokens) < wanted) and (batch := list(islice(documents, _DOCUMENTS))):
+        for ids in tokenizer(batch, add_special_tokens=False)["input_ids"]:
+            tokens += ids + end
     full = len(tokens) // length if count is None else count
     if full == 0 or len(tokens) < full * length:
         raise ValueError(

@@ -16,28 +16,36 @@ __all__ = ["kept_weights_differ", "perplexity", "verify"]
 
 
 @torch.no_grad()
-def perplexity(model: PreTrainedModel, windows: Tensor, progress: bool = False) -> float:
+def perplexity(
+    model: PreTrainedModel, windows: Tensor, progress: bool = False, batch_size: int = 1, skip: int = 1
+) -> float:
     """Exp of the mean next-token loss inside windows, each read on its own.
 
     Args:
         model: a causal LM.
-        windows: (N, T) tokens; the first token of each window is not scored.
+        windows: (N, T) tokens.
         progress: whether to show a progress bar.
+        batch_size: windows read at once.
+        skip: first tokens of a window that are not scored.
 
     Raises:
         ValueError: `windows` holds no token to score.
     """
-    if windows.ndim != 2 or windows.numel() == 0 or windows.shape[1] < 2:
-        raise ValueError(f"perplexity: `windows` must have shape (N >= 1, T >= 2), got {tuple(windows.shape)}.")
+    if windows.ndim != 2 or windows.numel() == 0 or not 1 <= skip < windows.shape[1]:
+        raise ValueError(
+            f"perplexity: `windows` must have shape (N >= 1, T > {max(skip, 1)}), got {tuple(windows.shape)}."
+        )
     training = model.training
     model.eval()
     total = 0.0
-    for window in tqdm(windows, desc="perplexity", unit="window", disable=not progress):
-        window = window[None].to(model.device)
-        logits = model(window, use_cache=False).logits[0, :-1].float()
-        total += torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum").item()
+    for rows in tqdm(windows.split(batch_size), desc="perplexity", unit="batch", disable=not progress):
+        rows = rows.to(model.device)
+        logits = model(rows, use_cache=False).logits[:, skip - 1 : -1].float()
+        total += torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), rows[:, skip:].flatten(), reduction="sum"
+        ).item()
     model.train(training)
-    return math.exp(total / (windows.shape[0] * (windows.shape[1] - 1)))
+    return math.exp(total / (windows.shape[0] * (windows.shape[1] - skip)))
 
 
 def kept_weights_differ(student: PreTrainedModel, teacher: PreTrainedModel) -> list[str]:
