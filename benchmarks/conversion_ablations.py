@@ -112,6 +112,10 @@ def variants(tokens):
         "layers: zeroed": {"criterion": "zeroed"},
         "layers: window (published criterion)": {"criterion": "window"},
         "layers: window_recall": {"criterion": "window_recall"},
+        "repeated pieces in 0.2 of the windows": {"stages": [RLS, LAYERWISE, distil(repeated=0.2)]},
+        "repeated pieces, everything trained": {
+            "stages": [RLS, LAYERWISE, distil(repeated=0.2, trained="all", learning_rate=3e-4)]
+        },
         "kla": {"swap": {"mixer": "kla"}},
         "kla, rate 3e-3": {"swap": {"mixer": "kla"}, "stages": [RLS, LAYERWISE, distil(learning_rate=3e-3)]},
         "kla, distil alone": {"swap": {"mixer": "kla"}, "stages": [distil()]},
@@ -126,6 +130,8 @@ def main():
     parser.add_argument("--ranking", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=4194304, help="of distillation")
     parser.add_argument("--part", default="0/1", help="every N-th variant from K on, as K/N, for several processes")
+    parser.add_argument("--only", nargs="+", help="these variants alone")
+    parser.add_argument("--name", default="conversion_ablations")
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no variant is begun")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -147,7 +153,7 @@ def main():
         }
 
     part, parts = map(int, options.part.split("/"))
-    name = "conversion_ablations" + (f"_{part}" if parts > 1 else "")
+    name = options.name + (f"_{part}" if parts > 1 else "")
     result = {
         "environment": environment(device),
         "layers": COUNT,
@@ -158,7 +164,8 @@ def main():
     }
     started = time.perf_counter()
     cases, base = variants(options.tokens)
-    for variant, change in list(cases.items())[part::parts]:
+    for variant in (options.only or list(cases))[part::parts]:
+        change = cases[variant]
         if time.perf_counter() - started > options.limit:
             break
         layers = change.get("layers") or choose_layers(ranking, COUNT, change.get("criterion", "greedy"))

@@ -9,6 +9,7 @@ get a JSON, `conversion_<recipe>.json`.
 """
 
 import argparse
+import copy
 import json
 import tempfile
 import time
@@ -22,6 +23,7 @@ from transformers import AutoTokenizer, TrainerCallback
 from hf_kalman import GKAForCausalLM
 from hf_kalman.cache import cache_bytes
 from kalman_conversion import (
+    choose_layers,
     load_model,
     perplexity,
     plan_conversion,
@@ -32,6 +34,7 @@ from kalman_conversion import (
     token_windows,
 )
 from kalman_conversion.distil import DistillationTrainer, Training
+from kalman_conversion.layer_selection import read_ranking
 from kalman_conversion.recipe import load_recipe
 from kalman_conversion.stages import window_counts
 from kalman_conversion.trainer import TokenWindows
@@ -120,18 +123,33 @@ def sliding_control(teacher, layers, window, windows, stage, curve):
     return student, [row]
 
 
-def speed(model):
-    """Prefill, decoding and cache at three contexts, in bfloat16."""
+def speed(teacher, configurations):
+    """Prefill, decoding and cache at three contexts, in bfloat16; the weights do not matter."""
     from smollm2_gpu import generation
 
-    model = model.to(torch.bfloat16).eval()
-    for name, parameter in model.named_parameters():
-        if "decay_bias" in name or "dynamics_bias" in name:
-            parameter.data = parameter.data.float()
-    rows = [generation(model, context) for context in CONTEXTS]
-    for row in rows:
-        row["cache_bytes_one_sequence"] = cache_bytes(model.config, row["context"], torch.bfloat16)
+    rows = []
+    for name, swap in configurations.items():
+        model = teacher if swap is None else swap_attention(teacher, **swap)
+        model = copy.deepcopy(model).to(torch.bfloat16).eval()
+        for parameter_name, parameter in model.named_parameters():
+            if "decay_bias" in parameter_name or "dynamics_bias" in parameter_name:
+                parameter.data = parameter.data.float()
+        for context in CONTEXTS:
+            row = generation(model, context)
+            row["cache_bytes_one_sequence"] = cache_bytes(model.config, context, torch.bfloat16)
+            rows.append({"model": name, **row})
+            print(rows[-1], flush=True)
+        del model
+        torch.cuda.empty_cache()
     return rows
+
+
+def resolved(recipe, ranking):
+    """A recipe with auto:COUNT replaced by the layers of a ranking."""
+    layers = recipe["swap"]["layers"]
+    if isinstance(layers, str) and layers.startswith("auto:"):
+        recipe["swap"]["layers"] = choose_layers(read_ranking(ranking), int(layers.partition(":")[2]))
+    return recipe
 
 
 def main():
@@ -145,7 +163,8 @@ def main():
     parser.add_argument("--save", type=Path, help="keep the students here")
     parser.add_argument("--curve-every", type=int, default=50, help="steps between two points of the curve")
     parser.add_argument("--limit", type=int, help="cases of each task, all when not given")
-    parser.add_argument("--no-speed", action="store_true")
+    parser.add_argument("--speed", action="store_true", help="measure speed and cache only, of all recipes named")
+    parser.add_argument("--ranking", type=Path, help="for recipes with layers: auto:COUNT")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -155,15 +174,16 @@ def main():
     about = {"model": "SmolLM2-135M-Instruct (de-quantised Q4_1)", "environment": environment(device)}
 
     def measured(model):
-        row = {"quality": quality(model, tokenizer, options.tests, options.held_out, test, options.limit)}
-        print(row, flush=True)
-        if not options.no_speed:
-            row["speed_bfloat16"] = speed(model)
-        return row
+        return {"quality": quality(model, tokenizer, options.tests, options.held_out, test, options.limit)}
 
     def load():
         return load_model(options.teacher, torch.float32, device).eval()
 
+    if options.speed:
+        loaded = {name: resolved(load_recipe(RECIPES / f"{name}.yaml"), options.ranking) for name in options.recipes}
+        swaps = {n: {k: v for k, v in r["swap"].items() if k != "options"} for n, r in loaded.items()}
+        write("conversion_speed", {**about, "rows": speed(load(), {"teacher": None, **swaps})}, options.output)
+        return
     if options.with_teacher:
         teacher = load()
         row = {"curve_perplexity": round(perplexity(teacher, valid, batch_size=16), 4), **measured(teacher)}
@@ -172,7 +192,7 @@ def main():
     for name in options.recipes:
         print(f"== {name}", flush=True)
         source, sliding_window = CONTROLS.get(name, (name, None))
-        recipe = load_recipe(RECIPES / f"{source}.yaml")
+        recipe = resolved(load_recipe(RECIPES / f"{source}.yaml"), options.ranking)
         length, seed = recipe["heal"].get("window", 1024), recipe["heal"].get("seed", 0)
         stages = read_stages(recipe["heal"]["stages"])
         windows = token_windows(tokenizer, documents, length, window_counts(stages, length))

@@ -31,7 +31,7 @@ def main():
     parser.add_argument("--test-data", required=True)
     parser.add_argument("--selection", type=Path, default=RESULTS / "layer_selection.json")
     parser.add_argument("--criterion", default="greedy")
-    parser.add_argument("--counts", type=int, nargs="+", default=[6, 10, 15])
+    parser.add_argument("--counts", type=int, nargs="+", default=[6, 8, 15])
     parser.add_argument("--rls-windows", type=int, nargs="+", default=[16, 64])
     parser.add_argument(
         "--windows", type=int, nargs="+", default=[32, 112], help="of layerwise healing, after rls on 16"

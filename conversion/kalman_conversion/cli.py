@@ -218,7 +218,7 @@ def _select(options: argparse.Namespace) -> int:
     temporary.replace(output)
     plot_ranking(ranking, output.with_suffix(".png"))
     chosen = choose_layers(ranking, len(ranking["greedy"]))
-    _say(f"greedy: {', '.join(str(index) for index, _ in ranking['greedy'])}")
+    _say(f"greedy: {', '.join(str(index) for index, *_ in ranking['greedy'])}")
     _say(f"written to {output}; use it with `kalman-convert swap --layers auto:{len(chosen)} --ranking {output}`")
     return 0
 

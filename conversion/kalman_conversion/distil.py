@@ -9,21 +9,21 @@ every mixer is healed on the teacher's hidden states; here each sees what the st
 
 from __future__ import annotations
 
+import copy
 import math
+import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from .heal import HealingReport, check_pair
-from .swap import materialise_buffers
 from .trainer import HealingTrainer, TokenWindows, restored, training_arguments
 
 __all__ = ["DistillationTrainer", "Training", "heal_distil", "heal_finetune", "share_frozen", "soft_divergence"]
@@ -241,29 +241,21 @@ class Training(NamedTuple):
         return training_arguments(work, device=device, more={**own, **more}, **options)
 
 
-def _unshard(student: PreTrainedModel) -> None:
-    """Make a model that FSDP2 has sharded a plain one again, in place, on every process."""
-    if not isinstance(student, FSDPModule):
-        return
-    state = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in student.state_dict().items()}
-    family = next(c for c in type(student).__mro__ if not issubclass(c, FSDPModule))
-    with torch.device("meta"):
-        plain = family(student.config)  # pyright: ignore[reportCallIssue]
-    plain.load_state_dict(state, assign=True)
-    plain.tie_weights()
-    plain.generation_config = student.generation_config
-    materialise_buffers(plain, next(iter(state.values())).device)
-    object.__setattr__(student, "__class__", family)
-    student.__dict__ = plain.__dict__
-
-
-def _run(stage: str, student: PreTrainedModel, trainer: HealingTrainer, windows: Tensor) -> HealingReport:
-    """Run a trainer and leave the student as a plain model again."""
+def _run(
+    stage: str, student: PreTrainedModel, windows: Tensor, make: Callable[[PreTrainedModel], HealingTrainer]
+) -> HealingReport:
+    """Train a student with the trainer that `make` makes for it, and leave it a plain model."""
     started = time.monotonic()
+    # What FSDP2 has sharded stays so: it gets a copy, whose weights come back whole.
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+    model = copy.deepcopy(student) if sharded else student
+    trainer = make(model)
     steps = trainer.run()
+    if sharded:
+        whole = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in model.state_dict().items()}
+        student.load_state_dict(whole)
     # Takes autocast off the student's forward.
-    trainer.accelerator.unwrap_model(student, keep_fp32_wrapper=False)
-    _unshard(student)
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     args = trainer.args
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     return HealingReport(stage, steps * rows * windows.shape[1], time.monotonic() - started)
@@ -308,6 +300,7 @@ def heal_distil(
     hidden_weight: float = 0.0,
     temperature: float = 1.0,
     top_k: int | None = None,
+    repeated: float = 0.0,
     callbacks: Sequence[TrainerCallback] = (),
     **more: Any,
 ) -> HealingReport:
@@ -326,6 +319,8 @@ def heal_distil(
         hidden_weight: see `DistillationTrainer`.
         temperature: see `DistillationTrainer`.
         top_k: see `DistillationTrainer`.
+        repeated: share of windows in which the second half is pieces of the first, so that the student practises
+            finding things in its context; see `TokenWindows`.
         callbacks: further callbacks for the `Trainer`.
         more: passed on to `transformers.TrainingArguments` (`report_to`, `logging_steps`, `gradient_checkpointing`).
 
@@ -340,11 +335,12 @@ def heal_distil(
             "heal_distil: `logits_weight` and `hidden_weight` must be >= 0 and not both 0, got "
             f"{logits_weight!r} and {hidden_weight!r}."
         )
-    with _training_only(student, trained):
+
+    def make(model: PreTrainedModel) -> DistillationTrainer:
         trainer = DistillationTrainer(
-            student,
+            model,
             training.arguments(work, student.device, more),
-            train_dataset=TokenWindows(windows),
+            train_dataset=TokenWindows(windows, repeated=repeated),
             callbacks=[*callbacks],
             small_factor=training.small_factor,
             teacher=teacher,
@@ -353,8 +349,11 @@ def heal_distil(
             temperature=temperature,
             top_k=top_k,
         )
-        share_frozen(student, teacher)
-        return _run("distil", student, trainer, windows)
+        share_frozen(model, teacher)
+        return trainer
+
+    with _training_only(student, trained):
+        return _run("distil", student, windows, make)
 
 
 def heal_finetune(
@@ -386,22 +385,23 @@ def heal_finetune(
         ImportError: `trained="lora"` without peft.
     """
     _check("heal_finetune", student, trained, ("all", "mixers", "lora"))
-    options: dict[str, Any] = {
-        "args": training.arguments(work, student.device, more),
-        "train_dataset": TokenWindows(windows, labels=True),
-        "callbacks": [*callbacks],
-        "small_factor": training.small_factor,
-    }
+
+    def make(model: PreTrainedModel) -> HealingTrainer:
+        arguments = training.arguments(work, student.device, more)
+        data = TokenWindows(windows, labels=True)
+        options = {"callbacks": [*callbacks], "small_factor": training.small_factor}
+        return HealingTrainer(model, arguments, train_dataset=data, **options)
+
     if trained != "lora":
         with _training_only(student, trained):
-            return _run("finetune", student, HealingTrainer(student, **options), windows)
+            return _run("finetune", student, windows, make)
     from peft import LoraConfig, get_peft_model
 
     with _training_only(student, "all"):
         torch.manual_seed(training.seed)
         model = get_peft_model(student, LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, task_type="CAUSAL_LM"))
         try:
-            report = _run("finetune", student, HealingTrainer(model, **options), windows)
+            report = _run("finetune", model, windows, make)  # pyright: ignore[reportArgumentType]
         except BaseException:
             model.unload()  # pyright: ignore[reportCallIssue]
             raise

@@ -94,7 +94,7 @@ def rank_layers(
         error           relative error of the healed mixer on its layer
         healed          perplexity with the healed mixer in the layer's place
         recall          perplexity of repeated text likewise
-        greedy          as `healed`, but every layer is judged together with those chosen before it
+        greedy          `healed` times `recall`, but every layer is judged together with those chosen before it
 
     Args:
         teacher: a model that can be converted.
@@ -109,8 +109,8 @@ def rank_layers(
         mixer_fields: see `swap_attention`.
 
     Returns:
-        {"teacher": {"perplexity", "recall"}, "layers": {index: {criterion: value}}, "greedy": [[index, perplexity]]}
-        and what was measured on; JSON-serialisable. Lower is better throughout.
+        {"teacher": {"perplexity", "recall"}, "layers": {index: {criterion: value}},
+        "greedy": [[index, perplexity, recall]]} and what was measured on; JSON-serialisable. Lower is better.
 
     Raises:
         ValueError: fewer than `count` layers are free, or too little text.
@@ -143,9 +143,14 @@ def rank_layers(
         }
     chosen, path = [], []
     for _ in tqdm(range(count), desc="greedy", unit="layer", disable=not progress):
-        trials = {i: measure(swapped_in(teacher, student, [*chosen, i]), perplexity) for i in free if i not in chosen}
-        chosen.append(min(trials, key=trials.__getitem__))
-        path.append([chosen[-1], trials[chosen[-1]]])
+        trials = {}
+        for index in free:
+            if index not in chosen:
+                with swapped_in(teacher, student, [*chosen, index]):
+                    found = [f(teacher, selection, batch_size=batch_size) for f in (perplexity, recall_perplexity)]
+                trials[index] = found
+        chosen.append(min(trials, key=lambda index: trials[index][0] * trials[index][1]))
+        path.append([chosen[-1], *trials[chosen[-1]]])
     return {
         "mixer": mixer,
         "keep": list(keep),
@@ -170,7 +175,7 @@ def choose_layers(ranking: dict[str, Any], count: int, criterion: str = "greedy"
     if criterion not in CRITERIA:
         raise ValueError(f"choose_layers: `criterion` must be one of {CRITERIA}, got {criterion!r}.")
     if criterion == "greedy":
-        order = [int(index) for index, _ in ranking["greedy"]]
+        order = [int(index) for index, *_ in ranking["greedy"]]
     else:
         free = [int(index) for index in ranking["layers"] if int(index) not in ranking["keep"]]
         scores = {int(index): values for index, values in ranking["layers"].items()}
@@ -216,11 +221,15 @@ def plot_ranking(ranking: dict[str, Any], path: str | Path) -> bool:
         left.plot(list(rows), [v[criterion] / reference for v in rows.values()], marker=".", label=criterion)
     left.set(xlabel="layer", ylabel="perplexity, times the teacher's", yscale="log")
     left.legend(fontsize=7)
-    path_values = [value / ranking["teacher"]["perplexity"] for _, value in ranking["greedy"]]
-    right.plot(range(1, len(path_values) + 1), path_values, "k-o")
-    for number, ((index, _), value) in enumerate(zip(ranking["greedy"], path_values, strict=True), 1):
-        right.annotate(str(index), (number, value), fontsize=7, xytext=(0, 4), textcoords="offset points")
-    right.set(xlabel="layers swapped, greedily; numbers are the layers", ylabel="perplexity, times the teacher's")
+    numbers = range(1, len(ranking["greedy"]) + 1)
+    for column, (name, style) in enumerate((("perplexity", "k-o"), ("recall", "k--s")), 1):
+        values = [row[column] / ranking["teacher"][name] for row in ranking["greedy"]]
+        right.plot(numbers, values, style, label=name)
+    for number, (index, value, _) in zip(numbers, ranking["greedy"], strict=True):
+        height = value / ranking["teacher"]["perplexity"]
+        right.annotate(str(index), (number, height), fontsize=7, xytext=(0, 5), textcoords="offset points")
+    right.set(xlabel="layers swapped, greedily; numbers are the layers", ylabel="times the teacher's", yscale="log")
+    right.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -41,6 +41,7 @@ STAGES: dict[str, dict[str, Any]] = {
         "hidden_weight": 0.0,
         "temperature": 1.0,
         "top_k": None,
+        "repeated": 0.0,
     },
     "finetune": {
         "tokens": 4194304,

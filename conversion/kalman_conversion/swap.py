@@ -21,7 +21,7 @@ from hf_kalman.layers import ShortConvolution, inverse_softplus
 
 from .plan import ConversionPlan, mixer_options, plan_conversion
 
-__all__ = ["check_checkpoint", "initialise_mixer", "load_model", "materialise_buffers", "swap_attention"]
+__all__ = ["check_checkpoint", "initialise_mixer", "load_model", "swap_attention"]
 
 _FAMILIES = {"gka": (GKAForCausalLM, GKAMixer), "kla": (KLAForCausalLM, KLAMixer)}
 # Half-lives in tokens over the heads of a mixer at the start: from a phrase to a long context.
@@ -129,7 +129,7 @@ def swap_attention(
                 weights[f"model.layers.{index}.mixer.{name}"] = tensor.to(device, None if keep_wide else dtype)
     result.load_state_dict(weights, strict=False, assign=True)
     result.tie_weights()
-    materialise_buffers(result, model.device)
+    _materialise_buffers(result, model.device)
     left = [name for name, tensor in result.state_dict().items() if tensor.is_meta]
     if left:
         raise ValueError(f"swap_attention: `model` has no weights for {left[:5]}.")
@@ -141,7 +141,7 @@ def _submodule(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
-def materialise_buffers(result: PreTrainedModel, device: torch.device) -> None:
+def _materialise_buffers(result: PreTrainedModel, device: torch.device) -> None:
     """Rotary frequencies are not in a state dict: compute them where the weights are."""
     rotary = result.model.rotary_emb
     if rotary is not None:

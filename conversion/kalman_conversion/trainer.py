@@ -30,17 +30,42 @@ SMALL = (
 
 
 class TokenWindows(torch.utils.data.Dataset):
-    """Windows (N, T) of tokens as a dataset of `input_ids`, with `labels` where `labels` is set."""
+    """Windows of tokens as a dataset of `input_ids`.
 
-    def __init__(self, windows: Tensor, labels: bool = False) -> None:
-        self.windows, self.labels = windows, labels
+    Args:
+        windows: (N, T) tokens.
+        labels: whether items have `labels`, too.
+        repeated: share of windows, evenly spread, whose second half is replaced by pieces of the first, of 4 to 64
+            tokens in random order: what comes next then stands in the context. The same at every epoch.
+
+    Raises:
+        ValueError: `repeated` is out of its range.
+    """
+
+    def __init__(self, windows: Tensor, labels: bool = False, repeated: float = 0.0) -> None:
+        if not 0 <= repeated <= 1:
+            raise ValueError(f"`repeated` must be from 0 to 1, got {repeated!r}.")
+        self.windows, self.labels, self.repeated = windows, labels, repeated
 
     def __len__(self) -> int:
         return len(self.windows)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        item = {"input_ids": self.windows[index]}
-        return {**item, "labels": self.windows[index]} if self.labels else item
+        window = self.windows[index]
+        if int((index + 1) * self.repeated) > int(index * self.repeated):
+            window = self._pieces(window, index)
+        return {"input_ids": window, **({"labels": window} if self.labels else {})}
+
+    @staticmethod
+    def _pieces(window: Tensor, index: int) -> Tensor:
+        generator, half = torch.Generator().manual_seed(index), len(window) // 2
+        pieces, length = [window[:half]], half
+        while length < len(window):
+            size = int(torch.randint(4, 65, (), generator=generator))
+            start = int(torch.randint(0, max(1, half - size + 1), (), generator=generator))
+            pieces.append(window[start : min(start + size, half)])
+            length += len(pieces[-1])
+        return torch.cat(pieces)[: len(window)]
 
 
 class HealingTrainer(Trainer):

@@ -16,7 +16,7 @@ from kalman_conversion.distil import (
     soft_divergence,
 )
 from kalman_conversion.heal import heal_rls
-from kalman_conversion.trainer import complete_checkpoint
+from kalman_conversion.trainer import TokenWindows, complete_checkpoint
 
 FAST = Training(learning_rate=3e-3, batch_size=4, warmup_steps=2, save_every=1000, progress=False)
 
@@ -248,3 +248,20 @@ def test_distillation_after_least_squares_of_a_bfloat16_teacher(tmp_path):
     student = swap_attention(source, layers=[1, 3])
     heal_distil(student, narrow, tokens(8, 16), work=tmp_path, training=FAST)
     assert {p.dtype for p in student.parameters()} == {torch.float32}
+
+
+def test_repeated_windows_hold_pieces_of_their_first_half():
+    windows = torch.arange(3000).view(10, 300)
+    plain, mixed = TokenWindows(windows), TokenWindows(windows, labels=True, repeated=0.3)
+    same = [torch.equal(plain[i]["input_ids"], mixed[i]["input_ids"]) for i in range(10)]
+    assert same == [True, True, True, False, True, True, False, True, True, False]
+    for index in (3, 6, 9):
+        ids = mixed[index]["input_ids"]
+        assert torch.equal(ids, mixed[index]["labels"]) and torch.equal(ids[:150], windows[index, :150])
+        assert len(ids) == 300 and set(ids[150:].tolist()) <= set(ids[:150].tolist())
+        # Pieces of at least four tokens: three of four steps in the second half go to the next token.
+        assert (ids[151:] - ids[150:-1] == 1).float().mean() > 0.75
+        assert torch.equal(ids, mixed[index]["input_ids"])
+    assert torch.equal(TokenWindows(windows[:, :5], repeated=1.0)[0]["input_ids"][:2], windows[0, :2])
+    with pytest.raises(ValueError, match="`repeated` must be from 0 to 1, got 1.5"):
+        TokenWindows(windows, repeated=1.5)
