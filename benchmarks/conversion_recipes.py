@@ -68,7 +68,7 @@ class Curve(TrainerCallback):
 
 def heal(student, teacher, windows, stages, curve, seed=0):
     """Reports of the stages, with the seconds that the curve took subtracted."""
-    rows, counted = [], 0.0
+    rows, counted = [], curve.seconds
 
     def after(report):
         nonlocal counted
