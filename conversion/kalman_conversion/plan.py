@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 from transformers import PreTrainedConfig
 
 from hf_kalman import GKAConfig, KLAConfig
+from hf_kalman.configuration import LAYER_TYPES, DecoderConfig
 
 from .recipe import load_recipe
 
@@ -16,13 +17,25 @@ __all__ = [
     "CONVERSION_MIXER",
     "FAMILIES",
     "MIXERS",
+    "REFUSED",
     "ConversionPlan",
     "mixer_options",
     "plan_conversion",
     "resolve_layers",
 ]
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "olmo2", "phi3", "gemma3_text")
+# Model types that users ask for and that are not converted, and why.
+REFUSED = {
+    "qwen3_moe": "its experts, their router and its balancing loss have no counterpart in the converted model",
+    "mixtral": "its experts, their router and its balancing loss have no counterpart in the converted model",
+    "gemma3": "it holds a vision tower; convert the text model inside it (model type gemma3_text)",
+    "gemma2": "it caps attention scores, which no fast attention of the host computes",
+    "olmo3": "it is not tested",
+    "phi": "it has LayerNorm and runs attention and MLP side by side",
+    "gpt2": "it has learned positions and LayerNorm",
+    "hybrid_qwen3": "it has mixers already; import it with `import-awslabs`",
+}
 MIXERS = ("gka", "kla")
 _CONFIGS = {"gka": GKAConfig, "kla": KLAConfig}
 # Mixer fields of a conversion where the caller says nothing. GKA: the variants that healed best, one at a time, in
@@ -143,7 +156,7 @@ def plan_conversion(
     """Check a conversion of a model with configuration `source` and describe its result.
 
     Args:
-        source: configuration of a Llama, Mistral, Qwen2 or Qwen3 model, or of an already converted one.
+        source: configuration of a model of one of `FAMILIES`, or of an already converted one.
         mixer: what replaces softmax attention.
         layers: see `resolve_layers`.
         mixer_fields: fields of `GKAConfig` or `KLAConfig` that describe the mixer.
@@ -155,13 +168,13 @@ def plan_conversion(
         raise ValueError(f"swap_attention: `mixer` must be one of {MIXERS}, got {mixer!r}.")
     target = _CONFIGS[mixer]
     if source.model_type not in (*FAMILIES, target.model_type):
+        reason = REFUSED.get(source.model_type)
         raise ValueError(
             f"swap_attention: `model` must be of type {', '.join((*FAMILIES, target.model_type))}, got "
-            f"{source.model_type!r}."
+            f"{source.model_type!r}" + (f": {reason}." if reason else ".")
         )
-    fixed = {*_CARRIED, "layer_types", "head_dim", "model_type", "sliding_window"}
     for name in mixer_fields:
-        if name in fixed or name not in target.__dataclass_fields__:
+        if name in DecoderConfig.__dataclass_fields__ or name not in target.__dataclass_fields__:
             raise ValueError(
                 f"swap_attention: mixer options must be fields of {target.__name__} that describe the mixer, got "
                 f"{name!r}."
@@ -177,6 +190,9 @@ def plan_conversion(
     for index in swapped:
         kinds[index] = "linear_attention"
     base["layer_types"] = kinds
+    rope = base["rope_parameters"]
+    if rope and set(rope) <= set(LAYER_TYPES):
+        base["rope_parameters"] = {k: v for k, v in rope.items() if k in kinds and k != "linear_attention"} or None
     for name in ("architectures", "transformers_version", "model_type"):
         base.pop(name, None)
     return ConversionPlan(target(**{**base, **mixer_fields}), swapped, source.model_type)
@@ -184,16 +200,45 @@ def plan_conversion(
 
 def _decoder_fields(source: PreTrainedConfig) -> tuple[dict, list[str]]:
     """Fields of `DecoderConfig` that describe the decoder of a supported source model, and its layer kinds."""
-    fields = {name: getattr(source, name) for name in _CARRIED}
+    family = source.model_type
+    fields = {name: getattr(source, name) for name in _CARRIED if hasattr(source, name)}
     heads = source.num_attention_heads
     fields["head_dim"] = getattr(source, "head_dim", None) or source.hidden_size // heads
-    fields["attention_bias"] = source.model_type == "qwen2" or bool(getattr(source, "attention_bias", False))
-    fields["attention_output_bias"] = source.model_type != "qwen2" and fields["attention_bias"]
+    fields["attention_bias"] = family == "qwen2" or bool(getattr(source, "attention_bias", False))
+    fields["attention_output_bias"] = family != "qwen2" and fields["attention_bias"]
     fields["mlp_bias"] = bool(getattr(source, "mlp_bias", False))
-    fields["use_qk_norm"] = source.model_type == "qwen3"
+    fields["use_qk_norm"] = family in ("qwen3", "olmo2", "gemma3_text")
     window = getattr(source, "sliding_window", None)
     kinds = getattr(source, "layer_types", None)
     if kinds is None:
         kinds = ["full_attention" if window is None else "sliding_attention"] * source.num_hidden_layers
     fields["sliding_window"] = window if "sliding_attention" in kinds else None
+    if family == "smollm3":
+        fields["rope_layers"] = [bool(rotates) for rotates in source.no_rope_layers]
+    elif family == "granite":
+        for name in ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"):
+            fields[name] = getattr(source, name)
+    elif family == "olmo2":
+        fields |= {"norm_style": "olmo2", "norm_placement": "post", "qk_norm_full": True, "rope_in_float32": True}
+    elif family == "phi3":
+        fields["fused_projections"] = True
+        _refuse(source, "resid_pdrop", 0.0)
+        _refuse(source, "embd_pdrop", 0.0)
+    elif family == "gemma3_text":
+        _refuse(source, "attn_logit_softcapping", None)
+        _refuse(source, "use_bidirectional_attention", False)
+        fields |= {"norm_style": "gemma3", "norm_placement": "both", "scale_embeddings": True}
+        fields["hidden_act"] = source.hidden_activation
+        fields["attention_multiplier"] = source.query_pre_attn_scalar**-0.5
+        fields["final_logit_softcapping"] = source.final_logit_softcapping
     return fields, list(kinds)
+
+
+def _refuse(source: PreTrainedConfig, name: str, wanted: Any) -> None:
+    """What a family may have and the decoder has not."""
+    found = getattr(source, name, wanted)
+    if found != wanted:
+        raise ValueError(
+            f"swap_attention: a `model` of type {source.model_type!r} can be converted with {name}={wanted!r} only, "
+            f"got {found!r}."
+        )

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from hf_kalman import GKAForCausalLM, KLAForCausalLM
+from hf_kalman import GKAConfig, GKAForCausalLM, KLAConfig, KLAForCausalLM
+from hf_kalman.decoder import ScaledEmbedding, build_rotary
 from hf_kalman.gka.modeling_gka import GKAMixer
 from hf_kalman.kla.modeling_kla import KLAMixer
 from hf_kalman.layers import ShortConvolution, inverse_softplus
@@ -82,7 +83,7 @@ def swap_attention(
     computes something else than the attention that it replaces until it has been healed (`kalman_conversion.heal`).
 
     Args:
-        model: a Llama, Mistral, Qwen2 or Qwen3 causal LM, an already converted one, or the path or Hub id of one.
+        model: a causal LM of one of `FAMILIES`, an already converted one, or the path or Hub id of one.
         mixer: what replaces softmax attention: "gka" (Gated KalmaNet) or "kla" (Kalman Linear Attention).
         layers: indices, "half", "all", "none", or the path of a recipe, whose layers are taken.
         initialisation: see `initialise_mixer`.
@@ -119,7 +120,7 @@ def swap_attention(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for index in tqdm(plan.layers, desc="swap", unit="layer", disable=not progress):
-            attention = _submodule(source, f"model.layers.{index}.self_attn.")
+            attention = _unfused(_submodule(source, f"model.layers.{index}.self_attn."), plan.config)
             fresh = mixer_class(plan.config, index)
             fresh.apply(family._init_weights.__get__(result))
             initialise_mixer(fresh, attention, initialisation)
@@ -141,11 +142,23 @@ def _submodule(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
-def _materialise_buffers(result: PreTrainedModel, device: torch.device) -> None:
-    """Rotary frequencies are not in a state dict: compute them where the weights are."""
-    rotary = result.model.rotary_emb
-    if rotary is not None:
-        result.model.rotary_emb = type(rotary)(result.config).to(device)
+def _unfused(attention: dict[str, Tensor], config: GKAConfig | KLAConfig) -> dict[str, Tensor]:
+    """Weights of an attention layer with one projection for queries, keys and values as those of three."""
+    if not config.fused_projections:
+        return attention
+    head_dim = int(config.head_dim or 0)
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+    pieces = attention.pop("qkv_proj.weight").split([int(count or 0) * head_dim for count in heads])
+    return {**attention, **{f"{n}_proj.weight": piece for n, piece in zip("qkv", pieces, strict=True)}}
+
+
+def _materialise_buffers(result: GKAForCausalLM | KLAForCausalLM, device: torch.device) -> None:
+    """What is not in a state dict: computed where the weights are."""
+    rotary = build_rotary(result.config)
+    result.model.rotary_emb = None if rotary is None else rotary.to(device)
+    embedding = result.model.embed_tokens
+    if isinstance(embedding, ScaledEmbedding):
+        embedding.embed_scale = torch.tensor(embedding.embedding_dim**0.5, device=device)
 
 
 def _check_biases(plan: ConversionPlan, source: dict[str, Tensor]) -> None:

@@ -5,6 +5,8 @@
 # pyright: reportGeneralTypeIssues=false, reportPrivateImportUsage=false, reportAssignmentType=false
 # pyright: reportOptionalSubscript=false, reportOptionalMemberAccess=false, reportOptionalOperand=false
 
+from typing import Literal
+
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
@@ -16,17 +18,32 @@ LAYER_TYPES = ("linear_attention", "full_attention", "sliding_attention")
 
 @strict
 class DecoderConfig(PreTrainedConfig):
-    r"""Configuration of a decoder of the Llama family: pre-norm, rotary embeddings, SwiGLU.
+    r"""Configuration of a decoder of the Llama family: RMSNorm, rotary embeddings, gated MLP.
 
-    With the switches of Llama, Mistral, Qwen2 and Qwen3. Which mixer a `linear_attention` layer is, the family says.
+    With the switches of Llama, Mistral, Qwen2, Qwen3, SmolLM3, Granite, OLMo-2, Phi-3 and Gemma-3; the defaults are
+    Llama's. Which mixer a `linear_attention` layer is, the family says.
 
     Args:
         layer_types: one of `linear_attention`, `full_attention`, `sliding_attention` per layer.
         attention_bias: bias in the query, key and value projections.
         attention_output_bias: bias in the output projections.
         mlp_bias: bias in the MLP.
-        use_qk_norm: RMSNorm per head on queries and keys of attention layers (Qwen3).
+        use_qk_norm: RMSNorm per head on queries and keys of attention layers (Qwen3, Gemma-3).
+        qk_norm_full: that norm over all heads at once (OLMo-2).
         sliding_window: width of `sliding_attention` layers.
+        rope_parameters: as everywhere in the host; or one such dict per kind of attention layer (Gemma-3).
+        rope_layers: whether each layer rotates its queries and keys; all do when None (SmolLM3).
+        rope_in_float32: rotates in float32 whatever the dtype (OLMo-2).
+        norm_style: whose RMSNorm: "llama", "olmo2" (weight before narrowing), "gemma3" (1 + weight).
+        norm_placement: before attention and MLP ("pre"), after them ("post", OLMo-2), or both (Gemma-3).
+        fused_projections: one projection for queries, keys and values of attention layers, one for gate and up of
+            MLPs (Phi-3).
+        embedding_multiplier: factor on the input of the first layer (Granite).
+        scale_embeddings: token embeddings times sqrt(hidden_size), in their dtype (Gemma).
+        attention_multiplier: factor on attention scores, head_dim ** -0.5 when None (Granite, Gemma).
+        residual_multiplier: factor on what attention, mixers and MLPs add (Granite).
+        logits_scaling: divides the logits (Granite).
+        final_logit_softcapping: c in c tanh(logits / c); none when None (Gemma).
     """
 
     keys_to_ignore_at_inference = ["past_key_values"]
@@ -85,6 +102,18 @@ class DecoderConfig(PreTrainedConfig):
     mlp_bias: bool = False
     use_qk_norm: bool = False
     sliding_window: int | None = None
+    qk_norm_full: bool = False
+    rope_layers: list[bool] | list[int] | None = None
+    rope_in_float32: bool = False
+    norm_style: Literal["llama", "olmo2", "gemma3"] = "llama"
+    norm_placement: Literal["pre", "post", "both"] = "pre"
+    fused_projections: bool = False
+    embedding_multiplier: float | int = 1.0
+    scale_embeddings: bool = False
+    attention_multiplier: float | int | None = None
+    residual_multiplier: float | int = 1.0
+    logits_scaling: float | int = 1.0
+    final_logit_softcapping: float | int | None = None
     layer_types: list[str] | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -102,6 +131,21 @@ class DecoderConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.layer_types is None:
             self.layer_types = ["linear_attention"] * self.num_hidden_layers
+        if self._rotates_by_kind():
+            # Hosts before 5.23 look every kind up.
+            self.rope_parameters = {**dict.fromkeys(self.layer_types), **self.rope_parameters}
+        if self.fused_projections:
+            # Columns of different meaning lie side by side: every rank computes the whole of them.
+            fused = {f"layers.*.{name}": "colwise_gather_output" for name in ("self_attn.qkv_proj", "mlp.gate_up_proj")}
+            split = {f"layers.*.{name}": "rowwise_split_input" for name in ("self_attn.o_proj", "mlp.down_proj")}
+            self.base_model_tp_plan = {**self.base_model_tp_plan, **fused, **split}
+
+    def _rotates_by_kind(self) -> bool:
+        return bool(self.rope_parameters) and set(self.rope_parameters) <= set(LAYER_TYPES)
+
+    def convert_rope_params_to_dict(self, **kwargs):
+        """As the host's, which before 5.23 would add the defaults of one rotary embedding to a dict of several."""
+        return kwargs if self._rotates_by_kind() else super().convert_rope_params_to_dict(**kwargs)
 
     def validate_architecture(self):
         """Cross-field rules; part of the `@strict` validation."""
@@ -115,6 +159,13 @@ class DecoderConfig(PreTrainedConfig):
                 raise ValueError(f"`layer_types[{index}]` must be one of {LAYER_TYPES}, got {kind!r}.")
         if "sliding_attention" in self.layer_types and self.sliding_window is None:
             raise ValueError("`sliding_window` must be set for the sliding_attention of `layer_types`, got None.")
+        if self.rope_layers is not None and len(self.rope_layers) != self.num_hidden_layers:
+            raise ValueError(
+                f"`rope_layers` must name each of the num_hidden_layers={self.num_hidden_layers} layers, got "
+                f"{len(self.rope_layers)} entries."
+            )
+        if self.fused_projections and (self.attention_bias or self.attention_output_bias or self.mlp_bias):
+            raise ValueError("`fused_projections` have no biases, got an `attention_bias` or `mlp_bias`.")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"`num_key_value_heads` must divide num_attention_heads={self.num_attention_heads}, got "

@@ -12,6 +12,7 @@ layer that is not swapped computes bit for bit what it computed before.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 
@@ -39,6 +40,7 @@ from transformers.models.llama.modeling_llama import (
 from kalman_kernels import Segments
 
 from .cache import KalmanCacheLayer, swap_cache_layers
+from .configuration import LAYER_TYPES
 from .layers import ShortConvolution
 from .packing import build_segments
 
@@ -47,7 +49,9 @@ __all__ = [
     "DecoderGenerationMixin",
     "DecoderLayer",
     "DecoderPreTrainedModel",
+    "ScaledEmbedding",
     "build_decoder",
+    "build_rotary",
     "run_decoder",
 ]
 
@@ -58,8 +62,73 @@ _MASKS = {
 }
 
 
+def _norm(config, width: int) -> nn.Module:
+    """The host's RMSNorm that the configuration asks for."""
+    if config.norm_style == "olmo2":
+        from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm as Norm
+    elif config.norm_style == "gemma3":
+        from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm as Norm
+    else:
+        Norm = LlamaRMSNorm  # noqa: N806
+    return Norm(width, eps=config.rms_norm_eps)
+
+
+class ScaledEmbedding(nn.Embedding):
+    """Token embeddings times sqrt(width), the factor rounded to their dtype as Gemma rounds it."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_buffer("embed_scale", torch.tensor(self.embedding_dim**0.5), persistent=False)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """(B, T) to (B, T, width)."""
+        return super().forward(input_ids) * self.embed_scale.to(self.weight.dtype)
+
+
+class RotaryByKind(nn.Module):
+    """One rotary embedding for each kind of attention layer; its output is a dict of theirs."""
+
+    def __init__(self, config) -> None:
+        super().__init__()
+        for kind, parameters in config.rope_parameters.items():
+            if parameters is not None:
+                own = copy.copy(config)
+                own.rope_parameters = parameters
+                self.add_module(kind, _rotary(own))
+
+    def forward(self, hidden_states: Tensor, position_ids: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """{kind: (cos, sin)}."""
+        return {kind: module(hidden_states, position_ids) for kind, module in self.named_children()}
+
+
+def _rotary(config) -> nn.Module:
+    if config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
+
+        return Phi3RotaryEmbedding(config)
+    return LlamaRotaryEmbedding(config)
+
+
+def build_rotary(config) -> nn.Module | None:
+    """Rotary embedding of a decoder; a model without softmax attention has no use for positions."""
+    if set(config.layer_types) == {"linear_attention"}:
+        return None
+    by_kind = set(config.rope_parameters) <= set(LAYER_TYPES)
+    return RotaryByKind(config) if by_kind else _rotary(config)
+
+
+def _rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary embedding of the first `cos.shape[-1]` channels, in the dtype of cos, back in that of the inputs."""
+    width = cos.shape[-1]
+    if width == query.shape[-1]:
+        rotated = apply_rotary_pos_emb(query, key, cos, sin)
+        return rotated[0].to(query.dtype), rotated[1].to(key.dtype)
+    rotated = _rotate(query[..., :width], key[..., :width], cos, sin)
+    return torch.cat([rotated[0], query[..., width:]], dim=-1), torch.cat([rotated[1], key[..., width:]], dim=-1)
+
+
 class DecoderAttention(nn.Module):
-    """Softmax attention with rotary embedding: Llama, Mistral (sliding), Qwen2 (bias), Qwen3 (norm on q and k)."""
+    """Softmax attention with rotary embedding, with the switches of `DecoderConfig`."""
 
     def __init__(self, config, layer_idx: int) -> None:
         super().__init__()
@@ -68,17 +137,23 @@ class DecoderAttention(nn.Module):
         self.layer_type = config.layer_types[layer_idx]
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = self.head_dim**-0.5
+        self.scaling = self.head_dim**-0.5 if config.attention_multiplier is None else config.attention_multiplier
+        self.rotates = config.rope_layers is None or bool(config.rope_layers[layer_idx])
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
         width, bias = config.hidden_size, config.attention_bias
-        self.q_proj = nn.Linear(width, config.num_attention_heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, width, bias=config.attention_output_bias)
+        heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+        widths = self.widths = [count * self.head_dim for count in heads]
+        if config.fused_projections:
+            self.qkv_proj = nn.Linear(width, sum(widths), bias=False)
+        else:
+            self.q_proj = nn.Linear(width, widths[0], bias=bias)
+            self.k_proj = nn.Linear(width, widths[1], bias=bias)
+            self.v_proj = nn.Linear(width, widths[2], bias=bias)
+        self.o_proj = nn.Linear(widths[0], width, bias=config.attention_output_bias)
         if config.use_qk_norm:
-            self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
-            self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            normed = widths[:2] if config.qk_norm_full else [self.head_dim] * 2
+            self.q_norm, self.k_norm = _norm(config, normed[0]), _norm(config, normed[1])
         self.sliding_window = config.sliding_window if self.layer_type == "sliding_attention" else None
 
     def forward(
@@ -91,12 +166,18 @@ class DecoderAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """(B, T, hidden) to the same, and the attention weights where the attention interface returns them."""
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query, key = self.q_proj(hidden_states).view(heads), self.k_proj(hidden_states).view(heads)
-        if self.config.use_qk_norm:
+        if self.config.fused_projections:
+            query, key, value = self.qkv_proj(hidden_states).split(self.widths, dim=-1)
+        else:
+            query, key, value = (p(hidden_states) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if self.config.use_qk_norm and self.config.qk_norm_full:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = query.view(heads), key.view(heads), value.view(heads).transpose(1, 2)
+        if self.config.use_qk_norm and not self.config.qk_norm_full:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = query.transpose(1, 2), key.transpose(1, 2)
-        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if self.rotates:
+            query, key = _rotate(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -117,7 +198,10 @@ class DecoderAttention(nn.Module):
 
 
 class DecoderLayer(GradientCheckpointingLayer):
-    """Pre-norm layer: x += mix(norm(x)); x += mlp(norm(x)), where mix is softmax attention or the family's mixer."""
+    """x += mix(norm(x)); x += mlp(norm(x)), where mix is softmax attention or the family's mixer.
+
+    The norms stand where `norm_placement` says, under the names of the models that place them there.
+    """
 
     mixer_class: type[nn.Module]
 
@@ -128,9 +212,29 @@ class DecoderLayer(GradientCheckpointingLayer):
             self.mixer = self.mixer_class(config, layer_idx)
         else:
             self.self_attn = DecoderAttention(config, layer_idx)
-        self.mlp = LlamaMLP(config)
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = _mlp(config)
+        # The norms before and after the mixer, before and after the MLP.
+        self.norms = {
+            "pre": ("input_layernorm", None, "post_attention_layernorm", None),
+            "post": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+            "both": (
+                "input_layernorm",
+                "post_attention_layernorm",
+                "pre_feedforward_layernorm",
+                "post_feedforward_layernorm",
+            ),
+        }[config.norm_placement]
+        for name in self.norms:
+            if name is not None:
+                self.add_module(name, _norm(config, config.hidden_size))
+        self.residual_multiplier = config.residual_multiplier
+
+    def _normed(self, place: int, hidden_states: Tensor) -> Tensor:
+        name = self.norms[place]
+        return hidden_states if name is None else getattr(self, name)(hidden_states)
+
+    def _add(self, residual: Tensor, hidden_states: Tensor) -> Tensor:
+        return residual + (hidden_states if self.residual_multiplier == 1 else hidden_states * self.residual_multiplier)
 
     def forward(
         self,
@@ -145,7 +249,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         """(B, T, hidden) to the same. `attention_mask` is a mask for attention layers, `Segments` for mixers."""
         options = kwargs.pop("mixer_options", None) or {}
         residual = hidden_states
-        hidden_states = self.input_layernorm(hidden_states)
+        hidden_states = self._normed(0, hidden_states)
         if self.layer_type == "linear_attention":
             hidden_states = self.mix(hidden_states, attention_mask, past_key_values, **options)
         else:
@@ -158,7 +262,7 @@ class DecoderLayer(GradientCheckpointingLayer):
                 use_cache=use_cache,
                 **kwargs,
             )
-        hidden_states = residual + hidden_states
+        hidden_states = self._add(residual, self._normed(1, hidden_states))
         if options.get("collect") is not None:
             options["collect"].before_mlp = hidden_states
         return self.feed_forward(hidden_states)
@@ -169,7 +273,15 @@ class DecoderLayer(GradientCheckpointingLayer):
 
     def feed_forward(self, hidden_states: Tensor) -> Tensor:
         """The second half of the layer: x + mlp(norm(x))."""
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        return self._add(hidden_states, self._normed(3, self.mlp(self._normed(2, hidden_states))))
+
+
+def _mlp(config) -> nn.Module:
+    if not config.fused_projections:
+        return LlamaMLP(config)
+    from transformers.models.phi3.modeling_phi3 import Phi3MLP
+
+    return Phi3MLP(config)
 
 
 class DecoderPreTrainedModel(PreTrainedModel):
@@ -204,6 +316,17 @@ class DecoderPreTrainedModel(PreTrainedModel):
             init.uniform_(module.weight, -bound, bound)
             if module.bias is not None:
                 init.zeros_(module.bias)
+        elif isinstance(module, ScaledEmbedding):
+            init.constant_(module.embed_scale, module.embedding_dim**0.5)
+        elif type(module).__name__ == "Gemma3RMSNorm":
+            init.zeros_(module.weight)
+
+    def head(self, hidden_states: Tensor) -> Tensor:
+        """Logits of final hidden states (..., hidden)."""
+        logits, cap = self.lm_head(hidden_states), self.config.final_logit_softcapping
+        if self.config.logits_scaling != 1:
+            logits = logits / self.config.logits_scaling
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 class DecoderGenerationMixin(GenerationMixin):
@@ -221,11 +344,11 @@ def build_decoder(model: nn.Module, config, layer_class: type[DecoderLayer]) -> 
     """Give `model` the modules of a decoder, under the host's names."""
     model.padding_idx = config.pad_token_id
     model.vocab_size = config.vocab_size
-    model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+    embedding = ScaledEmbedding if config.scale_embeddings else nn.Embedding
+    model.embed_tokens = embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
     model.layers = nn.ModuleList([layer_class(config, index) for index in range(config.num_hidden_layers)])
-    model.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-    # A model without softmax attention has no use for positions.
-    model.rotary_emb = LlamaRotaryEmbedding(config) if set(config.layer_types) != {"linear_attention"} else None
+    model.norm = _norm(config, config.hidden_size)
+    model.rotary_emb = build_rotary(config)
     model.gradient_checkpointing = False
 
 
@@ -319,7 +442,12 @@ def run_decoder(
             fresh=past_key_values is None or (isinstance(past, int) and past == 0),
         )
     hidden_states = inputs_embeds
-    position_embeddings = None if model.rotary_emb is None else model.rotary_emb(hidden_states, position_ids)
+    if config.embedding_multiplier != 1:
+        hidden_states = hidden_states * config.embedding_multiplier
+    position_embeddings = None
+    if model.rotary_emb is not None:
+        like = hidden_states.new_empty(0, dtype=torch.float32) if config.rope_in_float32 else hidden_states
+        position_embeddings = model.rotary_emb(like, position_ids)
     for layer in model.layers[: config.num_hidden_layers]:
         hidden_states = layer(
             hidden_states,
@@ -327,7 +455,11 @@ def run_decoder(
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
-            position_embeddings=position_embeddings,
+            position_embeddings=(
+                position_embeddings.get(layer.layer_type)
+                if isinstance(position_embeddings, dict)
+                else position_embeddings
+            ),
             **kwargs,
         )
     hidden_states = model.norm(hidden_states)

@@ -1,6 +1,6 @@
 import pytest
 from tiny_teachers import FAMILIES, teacher
-from transformers import GPT2Config
+from transformers import Gemma3Config, Gemma3TextConfig, GPT2Config, Phi3Config, Qwen3MoeConfig
 
 from kalman_conversion import plan_conversion, resolve_layers
 
@@ -49,8 +49,10 @@ def test_the_decoder_carries_over(family):
     plan = plan_conversion(source, layers=[1])
     assert plan.layers == (1,)
     assert plan.config.layer_types[1] == "linear_attention"
-    for name in ("vocab_size", "hidden_size", "rope_parameters", "tie_word_embeddings", "rms_norm_eps"):
+    for name in ("vocab_size", "hidden_size", "tie_word_embeddings", "rms_norm_eps"):
         assert getattr(plan.config, name) == getattr(source, name)
+    kept = {name: value for name, value in plan.config.rope_parameters.items() if value is not None}
+    assert kept == {name: value for name, value in source.rope_parameters.items() if name in kept}
 
 
 @pytest.mark.parametrize(
@@ -70,3 +72,28 @@ def test_refuses(arguments, message):
 def test_other_model_types_are_refused_by_name():
     with pytest.raises(ValueError, match="`model` must be of type llama, mistral, qwen2, qwen3.*got 'gpt2'"):
         plan_conversion(GPT2Config())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (Qwen3MoeConfig(), "got 'qwen3_moe': its experts, their router"),
+        (Gemma3Config(), "got 'gemma3': it holds a vision tower"),
+        (GPT2Config(), "got 'gpt2': it has learned positions"),
+        (Phi3Config(resid_pdrop=0.1), "type 'phi3' can be converted with resid_pdrop=0.0 only, got 0.1"),
+        (Gemma3TextConfig(attn_logit_softcapping=50.0), "with attn_logit_softcapping=None only, got 50.0"),
+        (Gemma3TextConfig(use_bidirectional_attention=True), "use_bidirectional_attention=False only, got True"),
+    ],
+)
+def test_what_is_not_converted_is_refused_by_name(config, message):
+    with pytest.raises(ValueError, match=message):
+        plan_conversion(config)
+
+
+def test_rotary_parameters_of_kinds_that_are_gone_go_too():
+    source = teacher("gemma3").config
+    plan = plan_conversion(source, layers=[1, 3])
+    assert plan.config.rope_parameters["sliding_attention"] == source.rope_parameters["sliding_attention"]
+    assert not plan.config.rope_parameters.get("full_attention")
+    # A model without attention keeps no positions.
+    assert plan_conversion(source, layers="all").config.layer_types == ["linear_attention"] * 4

@@ -2,11 +2,11 @@ import json
 
 import pytest
 import torch
-from tiny_teachers import FAMILIES, teacher, tokens
+from tiny_teachers import FAMILIES, projections, teacher, tokens
 from transformers import AutoModelForCausalLM
 
 from kalman_conversion import check_checkpoint, load_model, swap_attention
-from kalman_conversion.heal import layer_errors
+from kalman_conversion.heal import heal_rls, layer_errors
 from kalman_conversion.verify import kept_weights_differ, verify
 
 
@@ -23,6 +23,40 @@ def test_swapping_no_layer_gives_the_same_bits(family, mixer):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_swapping_no_layer_gives_the_same_bits_in_narrow_dtypes(family, dtype):
+    source, ids = teacher(family), tokens(2, 20)
+    # As `from_pretrained` narrows: buffers such as rotary frequencies stay float32.
+    for parameter in source.parameters():
+        parameter.data = parameter.data.to(dtype)
+    assert torch.equal(swap_attention(source, layers="none")(ids).logits, source(ids).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hybrids_of_every_family_decode_as_they_read(family):
+    student, ids = swap_attention(teacher(family), layers=[0, 2]), tokens(2, 20)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    greedy = {"max_new_tokens": 6, "do_sample": False, "attention_mask": mask}
+    found = student.generate(ids, **greedy)
+    assert torch.equal(found, student.generate(ids, use_cache=False, **greedy))
+    loss = student(ids, labels=ids).loss
+    loss.backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in student.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_least_squares_heals_every_family(family):
+    source = teacher(family)
+    student = swap_attention(source, layers=[0, 2])
+    windows = tokens(24, 32)
+    before = layer_errors(student, source, windows)
+    heal_rls(student, source, windows, prior_tokens=1.0, progress=False)
+    after = layer_errors(student, source, windows)
+    assert all(after[index] < min(1.0, before[index]) for index in (0, 2))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_swapped_model_keeps_every_other_weight_and_survives_saving(family, tmp_path):
     source, ids = teacher(family), tokens(2, 20)
@@ -30,9 +64,8 @@ def test_swapped_model_keeps_every_other_weight_and_survives_saving(family, tmp_
     assert kept_weights_differ(student, source) == []
     for index in (0, 2):
         mixer, attention = student.model.layers[index].mixer, source.model.layers[index].self_attn
-        for name, parameter in attention.named_parameters():
-            if "norm" not in name:
-                assert torch.equal(mixer.get_parameter(name), parameter), name
+        for name, parameter in projections(attention).items():
+            assert torch.equal(mixer.get_parameter(name), parameter), name
     student.save_pretrained(tmp_path)
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
@@ -48,9 +81,10 @@ def test_a_kla_mixer_starts_from_values_and_outputs(family, tmp_path):
     heads, width = source.config.num_attention_heads, attention.head_dim
     assert mixer.config.linear_inner_size == heads * width
     assert torch.equal(mixer.o_proj.weight, attention.o_proj.weight)
-    values = attention.v_proj(torch.ones(1, source.config.hidden_size)).view(-1, width)
+    parts, ones = projections(attention), torch.ones(1, source.config.hidden_size)
+    values = torch.nn.functional.linear(ones, parts["v_proj.weight"], parts.get("v_proj.bias")).view(-1, width)
     expected = values.repeat_interleave(heads // len(values), dim=0).flatten()
-    torch.testing.assert_close(mixer.in_proj(torch.ones(1, source.config.hidden_size))[0, : heads * width], expected)
+    torch.testing.assert_close(mixer.in_proj(ones)[0, : heads * width], expected)
     student.save_pretrained(tmp_path)
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]

@@ -412,6 +412,11 @@ class KLAForCausalLM(KLAPreTrainedModel, DecoderGenerationMixin):
                 f"`marginal_samples={marginal_samples}` needs a KLA layer as the last one, got "
                 f"{self.config.layer_types[-1]!r}; use marginal_samples=0."
             )
+        if marginal_samples and self.config.norm_placement != "pre":
+            raise ValueError(
+                f"`marginal_samples={marginal_samples}` needs norm_placement='pre' (a norm behind the filter changes "
+                f"its variances), got {self.config.norm_placement!r}; use marginal_samples=0."
+            )
         collected = _Collected()
         outputs: KLAModelOutputWithPast = self.model(
             input_ids=input_ids,
@@ -429,7 +434,7 @@ class KLAForCausalLM(KLAPreTrainedModel, DecoderGenerationMixin):
         if marginal_samples:
             logits, entropy = self._marginal(collected, kept, marginal_samples)
         else:
-            logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+            logits = self.head(outputs.last_hidden_state[:, kept, :])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -445,12 +450,13 @@ class KLAForCausalLM(KLAPreTrainedModel, DecoderGenerationMixin):
 
     def _marginal(self, collected: _Collected, kept, samples: int) -> tuple[Tensor, Tensor]:
         """Log marginal probabilities (B, kept, V) and their entropy, one sample at a time."""
-        mean, spread = collected.before_mlp[:, kept], collected.variances[-1][:, kept].sqrt()
+        mean = collected.before_mlp[:, kept]
+        spread = collected.variances[-1][:, kept].sqrt() * self.config.residual_multiplier
         total, last = None, list(self.model.layers)[-1]
         for _ in range(samples):
             drawn = mean + (spread * torch.randn_like(spread)).to(mean.dtype)
             hidden_states = self.model.norm(last.feed_forward(drawn))
-            logs = torch.log_softmax(self.lm_head(hidden_states).float(), dim=-1)
+            logs = torch.log_softmax(self.head(hidden_states).float(), dim=-1)
             total = logs if total is None else torch.logaddexp(total, logs)
         logits = total - math.log(samples)
         return logits, -(logits.exp() * logits).sum(-1)
