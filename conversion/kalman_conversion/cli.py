@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from hf_kalman.cache import cache_bytes
 
 from .files import check_output, new_folder
+from .foreign.awslabs import export_awslabs, import_awslabs
 from .foreign.kla import export_kla, import_kla
 from .heal import HealingReport, check_pair, layer_errors
 from .layer_selection import CRITERIA, choose_layers, plot_ranking, rank_layers, read_ranking
@@ -109,8 +110,13 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--context", type=int, default=8192, help="context length for the cache sizes")
     check.add_argument("--device", default=_DEVICE)
 
-    for name, other, run in (("import-kla", "into one of", _import_kla), ("export-kla", "out of one of", _export_kla)):
-        foreign = commands.add_parser(name, help=f"a checkpoint of the kla package {other} this package")
+    for name, other, run in (
+        ("import-kla", "a checkpoint of the kla package into one of this package", _import_kla),
+        ("export-kla", "a checkpoint of this package into one of the kla package", _export_kla),
+        ("import-awslabs", "a checkpoint of awslabs/hybrid-model-factory into one of this package", _import_awslabs),
+        ("export-awslabs", "a checkpoint of this package into one of awslabs/hybrid-model-factory", _export_awslabs),
+    ):
+        foreign = commands.add_parser(name, help=other)
         foreign.set_defaults(run=run)
         foreign.add_argument("--model", required=True, help="folder with the checkpoint")
         foreign.add_argument("--output", required=True, help="folder to write; must not exist")
@@ -152,6 +158,18 @@ def _import_kla(options: argparse.Namespace) -> int:
 def _export_kla(options: argparse.Namespace) -> int:
     export_kla(load_model(options.model), options.output)
     _say(f"written to {options.output}")
+    return 0
+
+
+def _import_awslabs(options: argparse.Namespace) -> int:
+    config = import_awslabs(options.model, options.output)
+    mixers = (config.layer_types or []).count("linear_attention")
+    _say(f"{config.num_hidden_layers} layers, {mixers} of them GKA, written to {options.output}")
+    return 0
+
+
+def _export_awslabs(options: argparse.Namespace) -> int:
+    _say(f"{export_awslabs(options.model, options.output)} written to {options.output}")
     return 0
 
 

@@ -29,8 +29,12 @@ _FAMILIES = {"gka": (GKAForCausalLM, GKAMixer), "kla": (KLAForCausalLM, KLAMixer
 HALF_LIVES = (4.0, 4096.0)
 
 
-def check_checkpoint(path: str | Path) -> None:
+def check_checkpoint(path: str | Path, function: str = "swap_attention") -> None:
     """Read the headers of a local checkpoint's safetensors files, so that a damaged one is found before any work.
+
+    Args:
+        path: folder.
+        function: who asks, for the message.
 
     Raises:
         FileNotFoundError: no config.json, or a weight file that the index names is missing.
@@ -38,7 +42,7 @@ def check_checkpoint(path: str | Path) -> None:
     """
     path = Path(path)
     if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"swap_attention: `model` {str(path)!r} has no config.json.")
+        raise FileNotFoundError(f"{function}: `model` {str(path)!r} has no config.json.")
     index = path / "model.safetensors.index.json"
     if index.is_file():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -46,13 +50,13 @@ def check_checkpoint(path: str | Path) -> None:
         names = ["model.safetensors"]
     for name in names:
         if not (path / name).is_file():
-            raise FileNotFoundError(f"swap_attention: `model` {str(path)!r} lacks the weight file {name!r}.")
+            raise FileNotFoundError(f"{function}: `model` {str(path)!r} lacks the weight file {name!r}.")
         try:
             with safe_open(path / name, framework="pt") as weights:
                 weights.keys()
         except SafetensorError as error:
             raise ValueError(
-                f"swap_attention: `model` weight file {str(path / name)!r} is damaged ({error}); fetch it again."
+                f"{function}: `model` weight file {str(path / name)!r} is damaged ({error}); fetch it again."
             ) from error
 
 

@@ -10,10 +10,19 @@ from transformers.core_model_loading import WeightRenaming
 from .configuration_gka import GKAConfig
 from .modeling_gka import GKAForCausalLM, GKAModel
 
-__all__ = ["HybridQwen3Config", "HybridQwen3ForCausalLM", "HybridQwen3Model", "register_weight_names"]
+__all__ = [
+    "KINDS",
+    "MIXER_FIELDS",
+    "SYMBOLS",
+    "HybridQwen3Config",
+    "HybridQwen3ForCausalLM",
+    "HybridQwen3Model",
+    "register_weight_names",
+]
 
-_KINDS = {"*": "full_attention", "SWA": "sliding_attention", "GKA": "linear_attention"}
-_MIXER_FIELDS = {
+KINDS = {"*": "full_attention", "SWA": "sliding_attention", "GKA": "linear_attention"}
+SYMBOLS = {kind: symbol for symbol, kind in KINDS.items()}
+MIXER_FIELDS = {
     "use_alpha_connection": "use_solution_mix",
     "use_v_conv": "use_value_conv",
     "use_forgetting_gate": "use_decay",
@@ -64,21 +73,21 @@ class HybridQwen3Config(GKAConfig):
         for name, value in (self.gka_config or {}).items():
             if name in _REDUNDANT:
                 continue
-            if name not in _MIXER_FIELDS:
+            if name not in MIXER_FIELDS:
                 raise ValueError(
                     f"`gka_config` must hold fields of the reference's GKA layer, got {name!r}; known are "
-                    f"{sorted((*_MIXER_FIELDS, *_REDUNDANT))}."
+                    f"{sorted((*MIXER_FIELDS, *_REDUNDANT))}."
                 )
-            setattr(self, _MIXER_FIELDS[name], value)
+            setattr(self, MIXER_FIELDS[name], value)
         super().__post_init__(**kwargs)
 
     @staticmethod
     def _kind(index: int, symbol: str) -> str:
-        kind = _KINDS.get(symbol, symbol if symbol in _KINDS.values() else None)
+        kind = KINDS.get(symbol, symbol if symbol in KINDS.values() else None)
         if kind is None:
             raise ValueError(
                 f"`hybrid_override_pattern` names layer {index} {symbol!r}, which hf_kalman does not have; it loads "
-                f"checkpoints made of {sorted(_KINDS)}."
+                f"checkpoints made of {sorted(KINDS)}."
             )
         return kind
 
