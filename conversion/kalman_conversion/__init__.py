@@ -6,7 +6,7 @@ from .layer_selection import choose_layers, rank_layers
 from .plan import FAMILIES, MIXERS, ConversionPlan, plan_conversion, resolve_layers
 from .rls import RecursiveLeastSquares
 from .stages import STAGES, read_stages, run_stages
-from .swap import check_checkpoint, initialise_mixer, load_model, swap_attention
+from .swap import check_checkpoint, initialise_mixer, load_model, swap_attention, swap_checkpoint
 from .text import read_documents, token_windows
 from .verify import perplexity, verify
 
@@ -36,6 +36,7 @@ __all__ = [
     "run_stages",
     "soft_divergence",
     "swap_attention",
+    "swap_checkpoint",
     "token_windows",
     "verify",
 ]

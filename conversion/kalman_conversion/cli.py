@@ -25,7 +25,7 @@ from .layer_selection import CRITERIA, choose_layers, plot_ranking, rank_layers,
 from .plan import MIXERS, mixer_options, plan_conversion
 from .recipe import load_recipe
 from .stages import STAGES, Stage, is_main, read_stages, run_stages, window_counts
-from .swap import check_checkpoint, load_model, swap_attention
+from .swap import check_checkpoint, load_model, swap_checkpoint
 from .text import read_documents, token_windows
 from .verify import verify
 
@@ -71,7 +71,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     swap.add_argument("--seed", type=int)
     swap.add_argument("--device", default=_DEVICE, help="for --layers auto:COUNT")
-    swap.add_argument("--max-shard-size", default="5GB", help="of one safetensors file")
     swap.add_argument("--output", required=True, help="folder to write; must not exist")
     swap.add_argument("--dry-run", action="store_true", help="say what would be done and write nothing")
 
@@ -260,9 +259,9 @@ def _swap(options: argparse.Namespace) -> int:
     defaults = {"mixer": "gka", "layers": "half", "initialisation": "identity", "seed": 0}
     settings = _merge(options, {k: v for k, v in section.items() if k != "options"}, defaults)
     fields = {**section.get("options", {}), **_assignments("--option", options.option)}
-    if Path(options.model).exists():
-        check_checkpoint(options.model)
-    source = AutoConfig.from_pretrained(options.model)
+    folder = _local(options.model)
+    check_checkpoint(folder)
+    source = AutoConfig.from_pretrained(folder)
     fields = mixer_options(source, settings["initialisation"], fields, settings["mixer"])
     check_output(options.output)
     settings["layers"] = _chosen_layers(options, settings["layers"], settings["mixer"], fields)
@@ -274,21 +273,31 @@ def _swap(options: argparse.Namespace) -> int:
     if options.dry_run:
         _say("dry run: nothing written")
         return 0
-    model = swap_attention(options.model, **settings, progress=True, **fields)
-    record = {"model": str(options.model), **settings, "layers": list(plan.layers), "options": fields}
-    _save(model, options.model, options.output, "conversion.json", record, options.max_shard_size)
+    told = {"model": str(options.model), **settings, "layers": list(plan.layers), "options": fields}
+
+    def record(target: Path) -> None:
+        (target / "conversion.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+
+    swap_checkpoint(folder, options.output, record=record, **settings, **fields)
     _say(f"written to {options.output}; heal it with `kalman-convert heal`")
     return 0
 
 
-def _save(
-    model: PreTrainedModel, tokenizer_from: str, output: str, name: str, record: dict, max_shard_size: str = "5GB"
-) -> None:
+def _local(model: str) -> Path:
+    """The folder of a model, fetched from the Hub when there is none."""
+    if Path(model).exists():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]))
+
+
+def _save(model: PreTrainedModel, tokenizer_from: str, output: str, name: str, record: dict) -> None:
     """Model, tokenizer and record of the conversion, all or nothing; earlier records are carried along."""
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     check_output(output, needed=size + (64 << 20))
     with new_folder(output) as folder:
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(tokenizer_from).save_pretrained(folder)
         for earlier in ("conversion.json", "healing.json"):
             if earlier != name and (Path(tokenizer_from) / earlier).is_file():

@@ -16,9 +16,18 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-__all__ = ["NewTensor", "StoredTensor", "read_shards", "read_tensor", "write_checkpoint", "write_shard"]
+__all__ = [
+    "DTYPES",
+    "NewTensor",
+    "StoredTensor",
+    "copy_rest",
+    "read_shards",
+    "read_tensor",
+    "write_checkpoint",
+    "write_shard",
+]
 
-_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _BLOCK = 16 << 20
 INDEX = "model.safetensors.index.json"
 
@@ -83,7 +92,7 @@ def write_shard(path: Path, tensors: Mapping[str, StoredTensor | NewTensor]) -> 
         if isinstance(tensor, StoredTensor):
             dtype, size = tensor.dtype, tensor.end - tensor.begin
         else:
-            dtype, size = _DTYPES[tensor.dtype], torch.Size(tensor.shape).numel() * tensor.dtype.itemsize
+            dtype, size = DTYPES[tensor.dtype], torch.Size(tensor.shape).numel() * tensor.dtype.itemsize
         header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -127,8 +136,13 @@ def write_checkpoint(folder: Path, shards: Mapping[str, Mapping[str, StoredTenso
 
 
 def copy_rest(source: Path, folder: Path) -> None:
-    """Tokenizer, generation settings and whatever else lies beside the weights and is no weight or configuration."""
+    """Tokenizer, generation settings and whatever else lies beside the weights; no card, it speaks of the source."""
     for path in source.iterdir():
         weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or path.name == INDEX
-        if path.is_file() and not weights and path.name != "config.json" and not path.name.startswith("."):
+        if (
+            path.is_file()
+            and not weights
+            and path.name not in ("config.json", "README.md")
+            and not path.name.startswith(".")
+        ):
             shutil.copy(path, folder / path.name)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,9 +20,19 @@ from hf_kalman.gka.modeling_gka import GKAMixer
 from hf_kalman.kla.modeling_kla import KLAMixer
 from hf_kalman.layers import ShortConvolution, inverse_softplus
 
+from .files import check_output, new_folder
 from .plan import ConversionPlan, mixer_options, plan_conversion
+from .streaming import (
+    DTYPES,
+    NewTensor,
+    StoredTensor,
+    copy_rest,
+    read_shards,
+    read_tensor,
+    write_checkpoint,
+)
 
-__all__ = ["check_checkpoint", "initialise_mixer", "load_model", "swap_attention"]
+__all__ = ["check_checkpoint", "initialise_mixer", "load_model", "swap_attention", "swap_checkpoint"]
 
 _FAMILIES = {"gka": (GKAForCausalLM, GKAMixer), "kla": (KLAForCausalLM, KLAMixer)}
 # Half-lives in tokens over the heads of a mixer at the start: from a phrase to a long context.
@@ -101,8 +111,7 @@ def swap_attention(
     Raises:
         ValueError, FileNotFoundError: before any weight is touched, with the argument, its value and what works.
     """
-    if initialisation not in ("identity", "reference"):
-        raise ValueError(f"swap_attention: `initialisation` must be 'identity' or 'reference', got {initialisation!r}.")
+    _check_initialisation(initialisation)
     if isinstance(model, (str, Path)):
         if Path(model).exists():
             check_checkpoint(model)
@@ -113,25 +122,16 @@ def swap_attention(
     plan = plan_conversion(model.config, mixer, layers, **options)
     source = model.state_dict()
     _check_biases(plan, source)
-    family, mixer_class = _FAMILIES[mixer]
     with torch.device("meta"):
-        result = family(plan.config)
+        result = _FAMILIES[mixer][0](plan.config)
     weights = {
         name: tensor if share_weights else tensor.detach().clone()
         for name, tensor in source.items()
         if name in result.state_dict()
     }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for index in tqdm(plan.layers, desc="swap", unit="layer", disable=not progress):
-            attention = _unfused(_submodule(source, f"model.layers.{index}.self_attn."), plan.config)
-            fresh = mixer_class(plan.config, index)
-            fresh.apply(family._init_weights.__get__(result))
-            initialise_mixer(fresh, attention, initialisation)
-            dtype, device = attention["q_proj.weight"].dtype, attention["q_proj.weight"].device
-            for name, tensor in fresh.state_dict().items():
-                keep_wide = name.partition(".")[0] in family._keep_in_fp32_modules_strict
-                weights[f"model.layers.{index}.mixer.{name}"] = tensor.to(device, None if keep_wide else dtype)
+    for index in tqdm(plan.layers, desc="swap", unit="layer", disable=not progress):
+        attention = _submodule(source, f"model.layers.{index}.self_attn.")
+        weights |= _mixer_weights(result, index, attention, initialisation, seed)
     result.load_state_dict(weights, strict=False, assign=True)
     result.tie_weights()
     _materialise_buffers(result, model.device)
@@ -140,6 +140,138 @@ def swap_attention(
         raise ValueError(f"swap_attention: `model` has no weights for {left[:5]}.")
     result.generation_config = model.generation_config
     return result.train(model.training)
+
+
+def _mixer_weights(
+    result: GKAForCausalLM | KLAForCausalLM, index: int, attention: dict[str, Tensor], initialisation: Any, seed: int
+) -> dict[str, Tensor]:
+    """The weights of a mixer, under their names in the model, made of the attention layer that it replaces."""
+    mixer_class = _FAMILIES["gka" if isinstance(result, GKAForCausalLM) else "kla"][1]
+    attention = _unfused(attention, result.config)
+    with torch.random.fork_rng(devices=[]):
+        # A seed for each layer: what one starts from does not depend on which others are swapped.
+        torch.manual_seed(seed * 1_000_003 + index)
+        fresh = mixer_class(result.config, index)
+        fresh.apply(result._init_weights)
+    initialise_mixer(fresh, attention, initialisation)
+    dtype, device = attention["o_proj.weight"].dtype, attention["o_proj.weight"].device
+    return {
+        f"model.layers.{index}.mixer.{name}": tensor.to(device, None if _is_wide(result, name) else dtype)
+        for name, tensor in fresh.state_dict().items()
+    }
+
+
+def _is_wide(result: GKAForCausalLM | KLAForCausalLM, name: str) -> bool:
+    """Whether a mixer's parameter stays float32 in a narrow model."""
+    return name.partition(".")[0] in type(result)._keep_in_fp32_modules_strict
+
+
+class _LayerOnDemand:
+    """The mixer of one layer, made when its first tensor is written and let go with its last."""
+
+    def __init__(self, result, index: int, attention: dict[str, StoredTensor], initialisation: str, seed: int) -> None:
+        prefix = f"model.layers.{index}.mixer."
+        narrow = _torch_dtype(attention["o_proj.weight"].dtype)
+        self.made: dict[str, Tensor] = {}
+        self.arguments = (result, index, attention, initialisation, seed)
+        self.tensors = {
+            name: NewTensor(
+                torch.float32 if _is_wide(result, name[len(prefix) :]) else narrow,
+                tuple(tensor.shape),
+                lambda name=name: self._take(name),
+            )
+            for name, tensor in result.state_dict().items()
+            if name.startswith(prefix)
+        }
+
+    def _take(self, name: str) -> Tensor:
+        if not self.made:
+            result, index, attention, initialisation, seed = self.arguments
+            read = {part: read_tensor(stored) for part, stored in attention.items()}
+            self.made = _mixer_weights(result, index, read, initialisation, seed)
+        return self.made.pop(name)
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    return next(dtype for dtype, written in DTYPES.items() if written == name)
+
+
+def swap_checkpoint(
+    model: str | Path,
+    output: str | Path,
+    mixer: Literal["gka", "kla"] = "gka",
+    layers: str | Path | Sequence[int] = "half",
+    *,
+    initialisation: Literal["identity", "reference"] = "identity",
+    seed: int = 0,
+    record: Callable[[Path], None] | None = None,
+    **mixer_fields,
+) -> ConversionPlan:
+    """`swap_attention` from folder to folder, without ever holding more than one new mixer in memory.
+
+    The result is bit for bit what `swap_attention(model, ...).save_pretrained(output)` writes, in the files of the
+    source; tokenizer and generation settings come along.
+
+    Args:
+        model: folder of a causal LM of one of `FAMILIES`, or of an already converted one, in safetensors files.
+        output: folder to write; must not exist.
+        mixer: see `swap_attention`.
+        layers: see `swap_attention`.
+        initialisation: see `swap_attention`.
+        seed: see `swap_attention`.
+        record: called with the folder before it takes its name, to add files.
+        mixer_fields: see `swap_attention`.
+
+    Raises:
+        ValueError, FileNotFoundError: before anything is written, with the argument, its value and what works.
+        OSError: the disk has no room.
+    """
+    folder = Path(model)
+    check_checkpoint(folder)
+    _check_initialisation(initialisation)
+    source = AutoConfig.from_pretrained(folder)
+    options = mixer_options(source, initialisation, mixer_fields, mixer)
+    plan = plan_conversion(source, mixer, layers, **options)
+    shards = read_shards(folder)
+    stored = {name: tensor for tensors in shards.values() for name, tensor in tensors.items()}
+    _check_biases(plan, stored)
+    with torch.device("meta"):
+        result = _FAMILIES[mixer][0](plan.config)
+    gone = tuple(f"model.layers.{index}.self_attn." for index in plan.layers)
+    missing = {n for n in result.state_dict() if ".mixer." not in n or int(n.split(".")[2]) not in plan.layers}
+    missing -= stored.keys() | ({"lm_head.weight"} if plan.config.tie_word_embeddings else set())
+    if missing:
+        raise ValueError(f"swap_attention: `model` {str(folder)!r} has no weights for {sorted(missing)[:5]}.")
+    known = result.state_dict()
+    rest = [name for name in stored if name not in known and not name.startswith(gone)]
+    if rest:
+        raise ValueError(f"swap_attention: `model` {str(folder)!r} has weights that are not known: {sorted(rest)[:5]}.")
+    written: dict[str, dict[str, StoredTensor | NewTensor]] = {}
+    for file, tensors in shards.items():
+        written[file] = {name: tensor for name, tensor in tensors.items() if not name.startswith(gone)}
+        for index in plan.layers:
+            prefix = f"model.layers.{index}.self_attn."
+            if f"{prefix}o_proj.weight" in tensors:
+                attention = {n[len(prefix) :]: t for n, t in stored.items() if n.startswith(prefix)}
+                written[file] |= _LayerOnDemand(result, index, attention, initialisation, seed).tensors
+    config = plan.config
+    config.dtype = _torch_dtype(stored["model.embed_tokens.weight"].dtype)
+    config.architectures = [type(result).__name__]
+    size = sum(t.end - t.begin for t in stored.values())
+    new = sum(t.numel() * 4 for n, t in known.items() if ".mixer." in n)
+    check_output(output, needed=size + new + (64 << 20))
+    with new_folder(output) as target:
+        write_checkpoint(target, written)
+        copy_rest(folder, target)
+        config.save_pretrained(target)
+        if record is not None:
+            record(target)
+    return plan
+
+
+def _check_initialisation(initialisation: str) -> None:
+    if initialisation not in ("identity", "reference"):
+        raise ValueError(f"swap_attention: `initialisation` must be 'identity' or 'reference', got {initialisation!r}.")
 
 
 def _submodule(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -165,7 +297,7 @@ def _materialise_buffers(result: GKAForCausalLM | KLAForCausalLM, device: torch.
         embedding.embed_scale = torch.tensor(embedding.embedding_dim**0.5, device=device)
 
 
-def _check_biases(plan: ConversionPlan, source: dict[str, Tensor]) -> None:
+def _check_biases(plan: ConversionPlan, source: Mapping[str, Any]) -> None:
     """A mixer has a query, key, value and output bias exactly where the configuration says so."""
     config = plan.config
     for index in plan.layers:

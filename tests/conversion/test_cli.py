@@ -147,18 +147,27 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(teacher_folder, text, tm
     assert contents(tmp_path) == before
 
 
-def test_a_full_disk_leaves_nothing_half_written(teacher_folder, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_leaves_nothing_half_written(teacher_folder, text, tmp_path, monkeypatch, capsys):
     def full(self, folder, **kwargs):
         (folder / "model.safetensors").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     from hf_kalman import GKAForCausalLM
 
+    assert swap(teacher_folder, tmp_path / "swapped") == 0
     monkeypatch.setattr(GKAForCausalLM, "save_pretrained", full)
-    before = contents(tmp_path)
-    assert swap(teacher_folder, tmp_path / "out") == 2
+    own = ["--data", str(text), "--window", "20", "--tokens", "100", "--device", "cpu"]
+    folders = [
+        "--model",
+        str(tmp_path / "swapped"),
+        "--teacher",
+        str(teacher_folder),
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    assert cli.main(["rls", *folders, *own]) == 2
     assert "No space left on device" in capsys.readouterr().err
-    assert contents(tmp_path) == before
+    assert contents(tmp_path) == ["out.work", "swapped"]
 
 
 def test_console_script_and_module():

@@ -1,11 +1,14 @@
 import json
+import weakref
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_teachers import FAMILIES, projections, teacher, tokens
 from transformers import AutoModelForCausalLM
 
-from kalman_conversion import check_checkpoint, load_model, swap_attention
+from kalman_conversion import check_checkpoint, load_model, swap_attention, swap_checkpoint
+from kalman_conversion import swap as swapping
 from kalman_conversion.heal import heal_rls, layer_errors
 from kalman_conversion.verify import kept_weights_differ, verify
 
@@ -201,3 +204,70 @@ def test_missing_and_damaged_files(tmp_path):
     (tmp_path / name).unlink()
     with pytest.raises(FileNotFoundError, match=f"lacks the weight file '{name}'"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("mixer", ["gka", "kla"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_streamed_conversion_is_the_one_in_memory(family, mixer, dtype, tmp_path):
+    teacher(family).to(dtype).save_pretrained(tmp_path / "source", max_shard_size="20KB")
+    swap_attention(tmp_path / "source", mixer, [0, 2], seed=3).save_pretrained(tmp_path / "memory")
+    plan = swap_checkpoint(tmp_path / "source", tmp_path / "stream", mixer, [0, 2], seed=3)
+    assert plan.layers == (0, 2)
+    a, b = (AutoModelForCausalLM.from_pretrained(tmp_path / n, dtype="auto") for n in ("memory", "stream"))
+    assert a.state_dict().keys() == b.state_dict().keys()
+    for name, value in a.state_dict().items():
+        assert torch.equal(value, b.state_dict()[name]) and value.dtype == b.state_dict()[name].dtype, name
+    assert a.config.to_dict() == {**b.config.to_dict(), "_name_or_path": a.config.to_dict().get("_name_or_path")}
+    assert a.generation_config.to_dict() == b.generation_config.to_dict()
+    # In the files of the source, but those that held nothing but what is gone.
+    files = [{p.name for p in (tmp_path / n).glob("*.safetensors")} for n in ("stream", "source")]
+    assert files[0] <= files[1]
+
+
+def test_streaming_a_converted_model_swaps_more_of_it(tmp_path):
+    teacher().save_pretrained(tmp_path / "source")
+    swap_checkpoint(tmp_path / "source", tmp_path / "one", layers=[1])
+    swap_checkpoint(tmp_path / "one", tmp_path / "two", layers=[3])
+    swap_checkpoint(tmp_path / "source", tmp_path / "both", layers=[1, 3])
+    a, b = (AutoModelForCausalLM.from_pretrained(tmp_path / n).state_dict() for n in ("two", "both"))
+    assert all(torch.equal(a[name], b[name]) for name in b) and a.keys() == b.keys()
+
+
+def test_streaming_holds_one_new_layer_at_a_time(tmp_path, monkeypatch):
+    teacher().save_pretrained(tmp_path / "source")
+    alive, most, real = [], [], swapping._mixer_weights
+
+    def counted(*arguments):
+        made = real(*arguments)
+        alive.extend(weakref.ref(tensor) for tensor in made.values())
+        most.append(len({id(ref()) for ref in alive if ref() is not None}) - len(made))
+        return made
+
+    monkeypatch.setattr(swapping, "_mixer_weights", counted)
+    swap_checkpoint(tmp_path / "source", tmp_path / "out", layers="all")
+    assert most == [0] * 4
+
+
+def test_streaming_refuses_before_it_writes(tmp_path, monkeypatch):
+    source = teacher()
+    source.save_pretrained(tmp_path / "source")
+    tensors = load_file(tmp_path / "source" / "model.safetensors")
+    save_file({**tensors, "model.extra": torch.zeros(2)}, tmp_path / "source" / "model.safetensors")
+    with pytest.raises(ValueError, match="weights that are not known: .'model.extra'"):
+        swap_checkpoint(tmp_path / "source", tmp_path / "out")
+    tensors.pop("model.norm.weight")
+    save_file(tensors, tmp_path / "source" / "model.safetensors")
+    with pytest.raises(ValueError, match="no weights for .'model.norm.weight'"):
+        swap_checkpoint(tmp_path / "source", tmp_path / "out")
+    source.save_pretrained(tmp_path / "source")
+    with pytest.raises(ValueError, match="`initialisation` must be"):
+        swap_checkpoint(tmp_path / "source", tmp_path / "out", initialisation="magic")
+
+    def full(stored, out):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("kalman_conversion.streaming._copy", full)
+    with pytest.raises(OSError, match="No space"):
+        swap_checkpoint(tmp_path / "source", tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
