@@ -173,6 +173,8 @@ def _export_awslabs(options: argparse.Namespace) -> int:
 
 
 def _say(text: str) -> None:
+    if not is_main():
+        return
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
@@ -331,6 +333,19 @@ def _with_settings(stages: list[Any], pairs: list[str]) -> list[Any]:
     return [{name: {**(given or {}), **own[name]}} for name, given in pieces]
 
 
+def _load_pair(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedModel | None]:
+    """Student and, where one is given, teacher, on this process's device."""
+    device = options.device
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    student = load_model(options.model, torch.float32, device)
+    if options.teacher is None:
+        return student, None
+    teacher = load_model(options.teacher, torch.float32, device)
+    check_pair(student, teacher)
+    return student, teacher
+
+
 def _heal(options: argparse.Namespace) -> int:
     stages, length, seed = _healing(options)
     needed = window_counts(stages, length) + _HELD_OUT
@@ -338,8 +353,8 @@ def _heal(options: argparse.Namespace) -> int:
     check_output(options.output)
     if options.teacher is None and any(stage.name != "finetune" for stage in stages):
         raise ValueError("`--teacher` must be given for all stages but finetune.")
-    for folder in (options.model, options.teacher):
-        if folder is not None and Path(folder).exists():
+    for folder in filter(None, (options.model, options.teacher)):
+        if Path(folder).exists():
             check_checkpoint(folder)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     windows = token_windows(tokenizer, documents, length, needed)
@@ -350,16 +365,13 @@ def _heal(options: argparse.Namespace) -> int:
     identity = {"model": options.model, "teacher": options.teacher, "data": options.data}
     identity = {**identity, "window": length, "seed": seed, "stages": told}
     _check_work(work, identity)
-    device = f"cuda:{os.environ['LOCAL_RANK']}" if options.device == "cuda" and "LOCAL_RANK" in os.environ else None
-    student = load_model(options.model, torch.float32, device or options.device)
-    teacher = None if options.teacher is None else load_model(options.teacher, torch.float32, device or options.device)
-    if teacher is not None:
-        check_pair(student, teacher)
+    student, teacher = _load_pair(options)
     if options.dry_run:
         _say("dry run: nothing written")
         return 0
     work.mkdir(parents=True, exist_ok=True)
-    (work / "settings.json").write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+    if is_main():
+        (work / "settings.json").write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
     held_out, windows, ran = windows[:_HELD_OUT], windows[_HELD_OUT:], []
 
     def after(report: HealingReport) -> None:

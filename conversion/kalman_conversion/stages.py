@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -197,13 +198,13 @@ def run_stages(
 
 
 def _check_run(stages: Sequence[Stage], teacher: PreTrainedModel | None) -> None:
-    many = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
     for stage in stages:
         if teacher is None and stage.name != "finetune":
             raise ValueError(f"heal: stage {stage.name!r} needs a `teacher`.")
-        if many and stage.name in ("rls", "layerwise"):
+        if processes > 1 and stage.name in ("rls", "layerwise"):
             raise ValueError(
-                f"heal: stage {stage.name!r} runs in one process, got {torch.distributed.get_world_size()}; run it "
+                f"heal: stage {stage.name!r} runs in one process, got {processes}; run it "
                 "alone first and the end-to-end stages on several processes after it."
             )
 
@@ -229,7 +230,7 @@ def _filters(
 
 def is_main() -> bool:
     """Whether this process is the one that writes."""
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _save(student: PreTrainedModel, folder: Path, report: HealingReport) -> None:
