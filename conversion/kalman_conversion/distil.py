@@ -250,12 +250,14 @@ def _run(
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
     model = copy.deepcopy(student) if sharded else student
     trainer = make(model)
-    steps = trainer.run()
+    try:
+        steps = trainer.run()
+    finally:
+        # Takes autocast off the student's forward.
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     if sharded:
         whole = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in model.state_dict().items()}
         student.load_state_dict(whole)
-    # Takes autocast off the student's forward.
-    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     args = trainer.args
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     return HealingReport(stage, steps * rows * windows.shape[1], time.monotonic() - started)

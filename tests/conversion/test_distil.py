@@ -2,9 +2,8 @@ import copy
 
 import pytest
 import torch
-from test_heal import pair
+from test_heal import Kill, pair
 from tiny_teachers import tokens
-from transformers import TrainerCallback
 
 from kalman_conversion import swap_attention
 from kalman_conversion.distil import (
@@ -126,15 +125,6 @@ def test_frozen_weights_are_held_once(tmp_path):
     with torch.no_grad():
         source.model.layers[0].mlp.up_proj.weight[0, 0] += 1
     assert share_frozen(student, source) == 0
-
-
-class Kill(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 def stage(name, student, source, windows, work, **options):

@@ -149,12 +149,12 @@ def test_layerwise_lowers_the_error_that_least_squares_leaves(mixer, tmp_path):
     assert all(p.requires_grad for p in student.parameters()) and all(p.requires_grad for p in source.parameters())
 
 
-class _Stop(TrainerCallback):
-    def __init__(self, at):
-        self.at = at
+class Kill(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.at:
+        if state.global_step == self.step:
             raise KeyboardInterrupt
 
 
@@ -167,7 +167,7 @@ def test_interrupted_layerwise_run_continues_bit_for_bit(tmp_path):
     heal_layerwise(student, source, windows, filters, work=tmp_path / "a", **options)
     with pytest.raises(KeyboardInterrupt):
         broken = copy.deepcopy(resumed)
-        heal_layerwise(broken, source, windows, filters, work=tmp_path / "b", callbacks=[_Stop(8)], **options)
+        heal_layerwise(broken, source, windows, filters, work=tmp_path / "b", callbacks=[Kill(8)], **options)
     heal_layerwise(resumed, source, windows, filters, work=tmp_path / "b", **options)
     different = [
         n for (n, a), b in zip(student.named_parameters(), resumed.parameters(), strict=True) if not torch.equal(a, b)

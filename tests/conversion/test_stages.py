@@ -5,8 +5,7 @@ import sys
 
 import pytest
 import torch
-from test_distil import Kill
-from test_heal import pair
+from test_heal import Kill, pair
 from tiny_teachers import tokens
 from transformers import AutoModelForCausalLM
 
@@ -125,39 +124,38 @@ def test_several_processes_are_refused_where_stages_need_one(monkeypatch, tmp_pa
     assert healing.swapped_layers(student) == (1, 3)
 
 
-def test_two_processes_train_what_one_trains_on_both_batches(teacher_folder, text, tmp_path):
+def many_processes(launch, teacher_folder, text, folder, device):
+    """Models distilled by one process and by two on half of its batch each, and the one they started from."""
     common = ["--teacher", str(teacher_folder), "--data", str(text), "--window", "20", "--tokens", "640"]
-    common += [
-        "--learning-rate",
-        "1e-3",
-        "--warmup-steps",
-        "2",
-        "--device",
-        "cpu",
-        "--model",
-        str(tmp_path / "swapped"),
-    ]
+    common += ["--learning-rate", "1e-3", "--warmup-steps", "2", "--bf16", "false", "--device", device]
+    common += ["--model", str(folder / "swapped")]
     assert cli.main(["swap", "--model", str(teacher_folder), "--layers", "1,3", "--output", common[-1]]) == 0
-    assert cli.main(["distil", *common, "--batch-size", "8", "--output", str(tmp_path / "one")]) == 0
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "kalman_conversion",
-        "distil",
-    ]
-    command = [*launch, *common, "--batch-size", "4", "--output", str(tmp_path / "two")]
+    assert cli.main(["distil", *common, "--batch-size", "8", "--output", str(folder / "one")]) == 0
+    command = [*launch, "distil", *common, "--batch-size", "4", "--output", str(folder / "two")]
     found = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert found.returncode == 0, found.stderr[-2000:]
     assert found.stdout.count("written to") == 1
-    records = [json.loads((tmp_path / name / "healing.json").read_text()) for name in ("one", "two")]
+    records = [json.loads((folder / name / "healing.json").read_text()) for name in ("one", "two")]
     assert [record["ran"][0]["tokens"] for record in records] == [640, 640]
-    one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two"))
-    before = AutoModelForCausalLM.from_pretrained(tmp_path / "swapped").state_dict()
+    return [AutoModelForCausalLM.from_pretrained(folder / n).state_dict() for n in ("one", "two", "swapped")]
+
+
+def assert_the_same_training(one, two, before):
     assert not all(torch.equal(before[name], one[name]) for name in one)
     for name, value in one.items():
-        # Two sums of gradients in another order, behind Adam's division: 2e-6 measured.
+        # Sums of gradients in another order, behind Adam's division: 2e-6 measured.
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=2e-5)
+
+
+def test_two_processes_train_what_one_trains_on_both_batches(teacher_folder, text, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "kalman_conversion"]
+    assert_the_same_training(*many_processes(launch, teacher_folder, text, tmp_path, "cpu"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_under_fsdp2_train_what_one_trains(teacher_folder, text, tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--use_fsdp"]
+    launch += ["--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP", "--mixed_precision", "no"]
+    launch += ["--fsdp_state_dict_type", "FULL_STATE_DICT", "-m", "kalman_conversion"]
+    assert_the_same_training(*many_processes(launch, teacher_folder, text, tmp_path, "cuda"))
