@@ -140,16 +140,17 @@ def many_processes(launch, teacher_folder, text, folder, device):
     return [AutoModelForCausalLM.from_pretrained(folder / n).state_dict() for n in ("one", "two", "swapped")]
 
 
-def assert_the_same_training(one, two, before):
-    assert not all(torch.equal(before[name], one[name]) for name in one)
+def assert_the_same_training(one, two, before, tolerance):
+    """Up to sums of gradients in another order, behind Adam's division."""
+    assert max((one[name] - before[name]).abs().max().item() for name in one) > 30 * tolerance
     for name, value in one.items():
-        # Sums of gradients in another order, behind Adam's division: 2e-6 measured.
-        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(two[name], value, rtol=0, atol=tolerance)
 
 
 def test_two_processes_train_what_one_trains_on_both_batches(teacher_folder, text, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "kalman_conversion"]
-    assert_the_same_training(*many_processes(launch, teacher_folder, text, tmp_path, "cpu"))
+    # 2.4e-7 measured, weights move by up to 6e-3.
+    assert_the_same_training(*many_processes(launch, teacher_folder, text, tmp_path, "cpu"), tolerance=2e-6)
 
 
 @pytest.mark.gpu
@@ -158,4 +159,5 @@ def test_two_gpus_under_fsdp2_train_what_one_trains(teacher_folder, text, tmp_pa
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--use_fsdp"]
     launch += ["--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP", "--mixed_precision", "no"]
     launch += ["--fsdp_state_dict_type", "FULL_STATE_DICT", "-m", "kalman_conversion"]
-    assert_the_same_training(*many_processes(launch, teacher_folder, text, tmp_path, "cuda"))
+    # 3.3e-5 measured at three times the learning rate, on two H200.
+    assert_the_same_training(*many_processes(launch, teacher_folder, text, tmp_path, "cuda"), tolerance=1e-4)
