@@ -1,0 +1,358 @@
+r"""What a filter believes about one parameter tensor: covariance structures with one interface.
+
+For parameters theta ~ N(m, P) and observations whose log-likelihood has the gradient g (summed over the observations)
+and the Fisher information Q^T Q, with rows q of Q a factor of it (sampled-label gradients; for a Gaussian observation
+y = H theta + noise of covariance R, Q = R^{-1/2} H):
+
+    predict   P <- (gamma^2 P + (1 - gamma^2) P_0) / lambda + q I        gamma^2 = 1 - decay
+    update    P <- (P^{-1} + Q^T Q)^{-1},   theta <- theta + P g
+
+The gain of a Kalman filter is K = P H^T R^{-1} with the updated P, so that P g = K (y - H theta): the innovation form
+and this one are the same step. [standard filtering theory; for exponential families: Ollivier, arXiv 1703.00209]
+
+States are float32 whatever the parameter's dtype (float64 on request), for a covariance in 16 bits loses its sign.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "STRUCTURES",
+    "Covariance",
+    "DiagonalCovariance",
+    "FullCovariance",
+    "LowRankCovariance",
+    "RowBlockCovariance",
+]
+
+
+# How far above the prior's a variance of `LowRankCovariance` may rise.
+_CEILING = 100.0
+
+
+class Covariance(ABC):
+    """Belief about one parameter tensor: the interface of all structures.
+
+    Args:
+        shape: of the parameter.
+        variance: P_0, prior variance of each entry, in squared units of the parameter; > 0.
+        device: where the state is kept.
+        dtype: of the state, torch.float32 or torch.float64.
+
+    Raises:
+        ValueError: `variance` is not a positive number, or `dtype` is too narrow.
+    """
+
+    def __init__(
+        self,
+        shape: torch.Size | tuple[int, ...],
+        variance: float,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if not variance > 0 or not math.isfinite(variance):
+            raise ValueError(f"{type(self).__name__}: `variance` must be > 0, got {variance!r}.")
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{type(self).__name__}: `dtype` must be torch.float32 or torch.float64, got {dtype}.")
+        self.shape, self.prior_variance = torch.Size(shape), variance
+        self.options: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.factors: list[Tensor] = []
+
+    def predict(self, process_noise: float = 0.0, forgetting: float = 1.0, decay: float = 0.0) -> None:
+        """Let time pass: P <- ((1 - decay) P + decay P_0) / forgetting + process_noise.
+
+        Args:
+            process_noise: variance that a step adds, in squared units of the parameter; >= 0. In the long run a step is
+                then that of RMSprop with learning rate sqrt(process_noise).
+            forgetting: lambda in (0, 1]: weight of the past after a step. Without information P grows without bound.
+            decay: in [0, 1]: how far P goes back to the prior's in a step; bounded on both sides.
+
+        Raises:
+            ValueError: an argument is out of its range.
+        """
+        for name, value, fits in (
+            ("process_noise", process_noise, process_noise >= 0),
+            ("forgetting", forgetting, 0 < forgetting <= 1),
+            ("decay", decay, 0 <= decay <= 1),
+        ):
+            if not fits:
+                raise ValueError(f"{type(self).__name__}.predict: `{name}` is out of its range, got {value!r}.")
+        scale, shift = (1 - decay) / forgetting, decay * self.prior_variance / forgetting + process_noise
+        if (scale, shift) != (1.0, 0.0):
+            self._predict(scale, shift)
+
+    def accumulate(self, factor: Tensor) -> None:
+        """Take in rows of a Fisher factor, of one observation or of many: they count at the next update.
+
+        Args:
+            factor: (k, *shape), any float dtype; rows of Q, each in units of one over the parameter's.
+
+        Raises:
+            ValueError: another shape.
+        """
+        if factor.shape[1:] != self.shape:
+            wanted = ", ".join(map(str, self.shape))
+            raise ValueError(
+                f"{type(self).__name__}.accumulate: `factor` must have shape (k, {wanted}), got {tuple(factor.shape)}."
+            )
+        self.factors.append(factor.detach().to(**self.options))
+
+    @torch.no_grad()
+    def update(self, gradient: Tensor) -> Tensor:
+        """Take in what was accumulated; the step P g, in the state's dtype.
+
+        Args:
+            gradient: g, gradient of the summed log-likelihood, of the parameter's shape.
+
+        Raises:
+            ValueError: another shape.
+        """
+        if gradient.shape != self.shape:
+            raise ValueError(
+                f"{type(self).__name__}.update: `gradient` must have shape {tuple(self.shape)}, got "
+                f"{tuple(gradient.shape)}."
+            )
+        if self.factors:
+            self._update(torch.cat(self.factors))
+            self.factors = []
+        return self.times(gradient.detach().to(**self.options))
+
+    @abstractmethod
+    def _predict(self, scale: float, shift: float) -> None:
+        """P <- scale P + shift I."""
+
+    @abstractmethod
+    def _update(self, factor: Tensor) -> None:
+        """P^{-1} <- P^{-1} + Q^T Q for Q (k, *shape)."""
+
+    @abstractmethod
+    def times(self, vector: Tensor) -> Tensor:
+        """P v for v of the parameter's shape."""
+
+    @abstractmethod
+    def variances(self) -> Tensor:
+        """The diagonal of P, in the parameter's shape."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """The tensors that the belief consists of, by name; they are changed in place."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """A copy of the state, accumulated factors included."""
+        own = {name: tensor.clone() for name, tensor in self.state().items()}
+        pending = torch.cat(self.factors) if self.factors else torch.empty(0, *self.shape, **self.options)
+        return {**own, "factors": pending}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from a saved state, bit for bit.
+
+        Raises:
+            ValueError: it is the state of another structure or shape.
+        """
+        own = self.state()
+        if state.keys() != {*own, "factors"} or any(state[n].shape != own[n].shape for n in own):
+            found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+            raise ValueError(
+                f"{type(self).__name__}.load_state_dict: `state` must hold "
+                f"{ {name: tuple(tensor.shape) for name, tensor in own.items()} } and factors, got {found}."
+            )
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+        self.factors = [state["factors"].to(**self.options)] if len(state["factors"]) else []
+
+
+class FullCovariance(Covariance):
+    """Every entry with every other: n^2 numbers, for small heads. Updates in Joseph's form, which keeps P positive."""
+
+    def __init__(self, shape, variance: float, **options) -> None:
+        super().__init__(shape, variance, **options)
+        self.covariance = variance * torch.eye(self.shape.numel(), **self.options)
+
+    def _predict(self, scale: float, shift: float) -> None:
+        self.covariance.mul_(scale).diagonal().add_(shift)
+
+    def _update(self, factor: Tensor) -> None:
+        self.covariance.copy_(_joseph(self.covariance, factor.flatten(1)))
+
+    def times(self, vector: Tensor) -> Tensor:
+        """See `Covariance.times`."""
+        return (self.covariance @ vector.flatten()).view(self.shape)
+
+    def variances(self) -> Tensor:
+        """See `Covariance.variances`."""
+        return self.covariance.diagonal().clone().view(self.shape)
+
+    def state(self) -> dict[str, Tensor]:
+        """See `Covariance.state`."""
+        return {"covariance": self.covariance}
+
+
+class RowBlockCovariance(Covariance):
+    """Entries of a row with one another: rows x columns^2 numbers.
+
+    For y = B x with noise that is independent across outputs the rows of B are independent, too: this is then the exact
+    filter, and for a LoRA B (columns = rank) a cheap one.
+
+    Raises:
+        ValueError: the parameter has fewer than two dimensions.
+    """
+
+    def __init__(self, shape, variance: float, **options) -> None:
+        super().__init__(shape, variance, **options)
+        if len(self.shape) < 2:
+            raise ValueError(f"RowBlockCovariance: `shape` must have at least 2 dimensions, got {tuple(self.shape)}.")
+        rows, width = self.shape[0], self.shape[1:].numel()
+        self.covariance = (variance * torch.eye(width, **self.options)).repeat(rows, 1, 1)
+
+    def _predict(self, scale: float, shift: float) -> None:
+        self.covariance.mul_(scale).diagonal(dim1=-2, dim2=-1).add_(shift)
+
+    def _update(self, factor: Tensor) -> None:
+        self.covariance.copy_(_joseph(self.covariance, factor.flatten(2).transpose(0, 1)))
+
+    def times(self, vector: Tensor) -> Tensor:
+        """See `Covariance.times`."""
+        return (self.covariance @ vector.flatten(1)[..., None])[..., 0].view(self.shape)
+
+    def variances(self) -> Tensor:
+        """See `Covariance.variances`."""
+        return self.covariance.diagonal(dim1=-2, dim2=-1).clone().view(self.shape)
+
+    def state(self) -> dict[str, Tensor]:
+        """See `Covariance.state`."""
+        return {"covariance": self.covariance}
+
+
+class DiagonalCovariance(Covariance):
+    """Every entry on its own: n numbers. Kept as precision, which only ever grows in an update.
+
+    The information of an update is the diagonal of Q^T Q: what maximises the evidence bound among diagonal Gaussians
+    (the variational form of the decoupled extended Kalman filter).
+    """
+
+    def __init__(self, shape, variance: float, **options) -> None:
+        super().__init__(shape, variance, **options)
+        self.precision = torch.full(self.shape, 1 / variance, **self.options)
+
+    def _predict(self, scale: float, shift: float) -> None:
+        self.precision.copy_(1 / (scale / self.precision + shift))
+
+    def _update(self, factor: Tensor) -> None:
+        self.precision.add_(factor.square().sum(0))
+
+    def times(self, vector: Tensor) -> Tensor:
+        """See `Covariance.times`."""
+        return vector / self.precision
+
+    def variances(self) -> Tensor:
+        """See `Covariance.variances`."""
+        return 1 / self.precision
+
+    def state(self) -> dict[str, Tensor]:
+        """See `Covariance.state`."""
+        return {"precision": self.precision}
+
+
+class LowRankCovariance(Covariance):
+    r"""Precision of diagonal plus low rank, Y + W W^T with W (n, rank): (rank + 1) n numbers.
+
+        predict   Y' = D / (1 + b D),  W' = (Y'/D) V chol[(I + b V^T (Y'/D) V)^{-1}],  D = Y / a,  V = W / sqrt(a)
+        update    [W, Q^T] = U S O^T;  W <- the `rank` largest U S;  Y <- Y + sum of the squares of the others' rows
+
+    for P <- a P + b I. Predicting is exact; updating is until `rank` is used up, and what is cut off stays in the
+    diagonal, so that no direction loses its gain. The singular vectors come from the Gram matrix of rank + k columns.
+    Under forgetting Y fades where nothing is observed; it stays at 1 / (100 P_0) or more, since P v is a difference of
+    terms of the size of 1 / Y. [LO-FI: Chang et al., arXiv 2305.19535]
+
+    Args:
+        shape: see `Covariance`.
+        variance: see `Covariance`.
+        rank: columns of W, >= 1.
+        options: `device` and `dtype` of `Covariance`.
+
+    Raises:
+        ValueError: `rank` is below 1.
+    """
+
+    def __init__(self, shape, variance: float, *, rank: int = 10, **options) -> None:
+        super().__init__(shape, variance, **options)
+        if rank < 1:
+            raise ValueError(f"LowRankCovariance: `rank` must be at least 1, got {rank!r}.")
+        size = self.shape.numel()
+        self.diagonal = torch.full((size,), 1 / variance, **self.options)
+        self.factor = torch.zeros(size, min(rank, size), **self.options)
+
+    def _predict(self, scale: float, shift: float) -> None:
+        if scale == 0:  # All of it is the prior again.
+            self.diagonal.fill_(1 / shift)
+            self.factor.zero_()
+            return
+        wide, factor = self.diagonal / scale, self.factor / math.sqrt(scale)
+        diagonal = wide / (1 + shift * wide)
+        shrunk = (diagonal / wide)[:, None] * factor
+        eye = torch.eye(factor.shape[1], **self.options)
+        # (L L^T)^{-1} = L^{-T} L^{-1}: the factor of an inverse without the inverse.
+        lower = torch.linalg.cholesky(eye + shift * factor.T @ shrunk)
+        self.factor.copy_(torch.linalg.solve_triangular(lower, shrunk.T, upper=False).T)
+        self.diagonal.copy_(diagonal.clamp(min=1 / (_CEILING * self.prior_variance)))
+
+    def _update(self, factor: Tensor) -> None:
+        wide = torch.cat([self.factor, factor.flatten(1).T], dim=1)
+        # Columns times an orthogonal matrix: their outer product stays, and they become orthogonal, largest last.
+        _, rotation = torch.linalg.eigh(wide.T @ wide)
+        wide = wide @ rotation
+        rank = self.factor.shape[1]
+        self.factor.copy_(wide[:, -rank:])
+        self.diagonal.add_(wide[:, :-rank].square().sum(1))
+
+    def times(self, vector: Tensor) -> Tensor:
+        """See `Covariance.times`."""
+        flat = vector.flatten()
+        scaled = self.factor / self.diagonal[:, None]
+        lower = torch.linalg.cholesky(self._inner(scaled))
+        inner = torch.cholesky_solve((scaled.T @ flat)[:, None], lower)[:, 0]
+        return (flat / self.diagonal - scaled @ inner).view(self.shape)
+
+    def _inner(self, scaled: Tensor) -> Tensor:
+        return torch.eye(scaled.shape[1], **self.options) + self.factor.T @ scaled
+
+    def variances(self) -> Tensor:
+        """See `Covariance.variances`."""
+        scaled = self.factor / self.diagonal[:, None]
+        lower = torch.linalg.cholesky(self._inner(scaled))
+        removed = torch.linalg.solve_triangular(lower, scaled.T, upper=False).square().sum(0)
+        return (1 / self.diagonal - removed).view(self.shape)
+
+    def state(self) -> dict[str, Tensor]:
+        """See `Covariance.state`."""
+        return {"diagonal": self.diagonal, "factor": self.factor}
+
+
+def _joseph(covariance: Tensor, factor: Tensor) -> Tensor:
+    """(P^{-1} + Q^T Q)^{-1} for P (..., n, n) and Q (..., k, n), positive and symmetric whatever the rounding.
+
+    K = P Q^T (I + Q P Q^T)^{-1};  P <- (I - K Q) P (I - K Q)^T + K K^T
+    """
+    crossed = covariance @ factor.mT
+    inner = factor @ crossed
+    inner.diagonal(dim1=-2, dim2=-1).add_(1)
+    gain = torch.cholesky_solve(crossed.mT, torch.linalg.cholesky(inner)).mT
+    left = -gain @ factor
+    left.diagonal(dim1=-2, dim2=-1).add_(1)
+    updated = left @ covariance @ left.mT + gain @ gain.mT
+    return (updated + updated.mT) / 2
+
+
+STRUCTURES: dict[str, type[Covariance]] = {
+    "diagonal": DiagonalCovariance,
+    "row_block": RowBlockCovariance,
+    "low_rank": LowRankCovariance,
+    "full": FullCovariance,
+}
