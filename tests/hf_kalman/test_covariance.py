@@ -58,6 +58,17 @@ def test_predict_and_update_are_the_dense_ones(name):
         torch.testing.assert_close(belief.variances().flatten(), expected.diagonal(), rtol=1e-9, atol=1e-12)
 
 
+def test_rows_of_a_vector_are_its_entries():
+    torch.manual_seed(8)
+    beliefs = RowBlockCovariance((5,), 0.3, **WIDE), DiagonalCovariance((5,), 0.3, **WIDE)
+    factor, gradient = torch.randn(2, 5, **WIDE), torch.randn(5, **WIDE)
+    for belief in beliefs:
+        belief.predict(0.1, 0.9)
+        belief.accumulate(factor)
+    torch.testing.assert_close(beliefs[0].update(gradient), beliefs[1].update(gradient), rtol=1e-12, atol=0)
+    torch.testing.assert_close(beliefs[0].variances(), beliefs[1].variances(), rtol=1e-12, atol=0)
+
+
 def test_linear_gaussian_regression_is_the_ridge_posterior():
     """One observation after the other, innovations through P g: the closed form of all at once."""
     torch.manual_seed(1)
@@ -202,7 +213,7 @@ def test_states_are_wide_whatever_comes_in(dtype):
     [
         (lambda: DiagonalCovariance(SHAPE, 0.0), "`variance` must be > 0, got 0.0"),
         (lambda: DiagonalCovariance(SHAPE, 1.0, dtype=torch.bfloat16), "`dtype` must be torch.float32"),
-        (lambda: RowBlockCovariance((4,), 1.0), "at least 2 dimensions, got \\(4,\\)"),
+        (lambda: RowBlockCovariance((), 1.0), "at least 1 dimension"),
         (lambda: LowRankCovariance(SHAPE, 1.0, rank=0), "`rank` must be at least 1, got 0"),
         (lambda: of("full").predict(process_noise=-1.0), "`process_noise` is out of its range, got -1.0"),
         (lambda: of("full").predict(forgetting=0.0), "`forgetting` is out of its range, got 0.0"),

@@ -8,12 +8,15 @@ from .covariance import (
     LowRankCovariance,
     RowBlockCovariance,
 )
+from .optimizer import KalmanOptimizer, sampled_label_loss
 
 __all__ = [
     "STRUCTURES",
     "Covariance",
     "DiagonalCovariance",
     "FullCovariance",
+    "KalmanOptimizer",
     "LowRankCovariance",
     "RowBlockCovariance",
+    "sampled_label_loss",
 ]

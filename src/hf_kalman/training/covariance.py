@@ -198,16 +198,16 @@ class RowBlockCovariance(Covariance):
     """Entries of a row with one another: rows x columns^2 numbers.
 
     For y = B x with noise that is independent across outputs the rows of B are independent, too: this is then the exact
-    filter, and for a LoRA B (columns = rank) a cheap one.
+    filter, and for a LoRA B (columns = rank) a cheap one. A vector has rows of one entry.
 
     Raises:
-        ValueError: the parameter has fewer than two dimensions.
+        ValueError: the parameter is a single number.
     """
 
     def __init__(self, shape, variance: float, **options) -> None:
         super().__init__(shape, variance, **options)
-        if len(self.shape) < 2:
-            raise ValueError(f"RowBlockCovariance: `shape` must have at least 2 dimensions, got {tuple(self.shape)}.")
+        if not self.shape:
+            raise ValueError("RowBlockCovariance: `shape` must have at least 1 dimension, got ().")
         rows, width = self.shape[0], self.shape[1:].numel()
         self.covariance = (variance * torch.eye(width, **self.options)).repeat(rows, 1, 1)
 
@@ -215,11 +215,11 @@ class RowBlockCovariance(Covariance):
         self.covariance.mul_(scale).diagonal(dim1=-2, dim2=-1).add_(shift)
 
     def _update(self, factor: Tensor) -> None:
-        self.covariance.copy_(_joseph(self.covariance, factor.flatten(2).transpose(0, 1)))
+        self.covariance.copy_(_joseph(self.covariance, factor.view(*factor.shape[:2], -1).transpose(0, 1)))
 
     def times(self, vector: Tensor) -> Tensor:
         """See `Covariance.times`."""
-        return (self.covariance @ vector.flatten(1)[..., None])[..., 0].view(self.shape)
+        return (self.covariance @ vector.reshape(len(vector), -1, 1)).view(self.shape)
 
     def variances(self) -> Tensor:
         """See `Covariance.variances`."""

@@ -1,0 +1,242 @@
+"""The Kalman filter on parameters as a torch optimizer, and the Fisher factor that it needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .covariance import STRUCTURES, Covariance
+
+__all__ = ["KalmanOptimizer", "sampled_label_loss"]
+
+
+def sampled_label_loss(logits: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    r"""Summed cross-entropy at labels drawn from the model's own distribution: its gradient is a Fisher factor.
+
+        y~_t ~ Cat(softmax(z_t)),   L~ = sum_t -log softmax(z_t)[y~_t]
+        E[grad L~ grad L~^T] = sum_t J_t^T (diag p_t - p_t p_t^T) J_t
+
+    The errors of different tokens are independent and have mean zero, so that one backward pass for all of them is
+    unbiased, and no V x V matrix is formed. The gradient at the true labels is no such factor: it takes the variance
+    away along the very direction of the surprise. [Fisher information of a softmax; Martens, arXiv 1412.1193]
+
+    Args:
+        logits: (..., V); shifted already where the model predicts the next token.
+        labels: (...) int64; only where they are not -100 a label is drawn.
+        generator: for the draws; torch's own when None.
+
+    Returns:
+        Scalar, in at least float32.
+
+    Raises:
+        ValueError: `labels` do not have the shape of `logits` without its last dimension.
+    """
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"sampled_label_loss: `labels` must have shape {tuple(logits.shape[:-1])}, got {tuple(labels.shape)}."
+        )
+    kept = logits[labels != -100]
+    logs = kept.to(torch.promote_types(kept.dtype, torch.float32)).log_softmax(-1)
+    drawn = torch.multinomial(logs.detach().exp(), 1, generator=generator) if len(logs) else labels.new_zeros(0, 1)
+    return -logs.gather(-1, drawn).sum()
+
+
+class KalmanOptimizer(torch.optim.Optimizer):
+    r"""Kalman filter on parameters: the step is gain times innovation, P g with g the gradient of the log-likelihood.
+
+    Each parameter tensor has a belief of its own (`hf_kalman.training.covariance`). A step is
+
+        predict        P <- ((1 - decay) P + decay P_0) / forgetting + process_noise
+        information    P <- (P^{-1} + Q^T Q / temper)^{-1}           Q: accumulated Fisher factors
+        step           theta <- theta + lr P g / temper
+
+    in this order, with g = -`gradient_scale` p.grad. For the filter to be one, p.grad must be the gradient of the loss
+    *summed* over the observations of the step; where the loss is their mean, `gradient_scale` is their number. Factors
+    come from a second backward pass:
+
+        sampled_label_loss(logits, labels).backward(retain_graph=True)
+        optimizer.accumulate_fisher()              # takes p.grad as a row of Q and clears it
+        loss.backward()
+        optimizer.step()
+
+    Args:
+        params: parameters or groups; a group may have its own value of every argument below.
+        variance: P_0, prior variance of each entry, in squared units of the parameter; the argument that decides most.
+        structure: "diagonal", "row_block", "low_rank" or "full".
+        rank: of "low_rank".
+        process_noise: see `Covariance.predict`; stationary steps are RMSprop's with learning rate sqrt(process_noise).
+        forgetting: see `Covariance.predict`.
+        decay: see `Covariance.predict`.
+        temper: >= 1; observations that depend on one another count for that many times less.
+        max_step: largest Mahalanobis length sqrt(step^T P^{-1} step) of a step of one tensor; none when None.
+        fisher: "sampled" for accumulated factors; "empirical" takes g itself as the only row of Q, which needs
+            "diagonal": with correlations it removes the variance along the surprise.
+        gradient_scale: observations behind a mean loss, 1 for a summed one.
+        lr: factor on the step, 1 for the filter's own; what learning-rate schedules change.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        params,
+        variance: float = 1e-3,
+        *,
+        structure: str = "diagonal",
+        rank: int = 10,
+        process_noise: float = 0.0,
+        forgetting: float = 1.0,
+        decay: float = 0.0,
+        temper: float = 1.0,
+        max_step: float | None = None,
+        fisher: str = "sampled",
+        gradient_scale: float = 1.0,
+        lr: float = 1.0,
+    ) -> None:
+        defaults = {
+            "variance": variance,
+            "structure": structure,
+            "rank": rank,
+            "process_noise": process_noise,
+            "forgetting": forgetting,
+            "decay": decay,
+            "temper": temper,
+            "max_step": max_step,
+            "fisher": fisher,
+            "gradient_scale": gradient_scale,
+            "lr": lr,
+        }
+        self.beliefs: dict[Tensor, Covariance] = {}
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As every optimizer's; the group's arguments are checked and its beliefs begin at the prior."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _check(group)
+            for parameter in group["params"]:
+                self._begin(parameter, group)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def _begin(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        options = {"rank": group["rank"]} if group["structure"] == "low_rank" else {}
+        belief = STRUCTURES[group["structure"]](parameter.shape, group["variance"], device=parameter.device, **options)
+        self.beliefs[parameter] = belief
+        # The same tensors: what the filter changes is what `state_dict` saves. A narrow parameter has a wide mean.
+        self.state[parameter] = {**belief.state(), "steps": torch.zeros(())}
+        if parameter.dtype != torch.float32:
+            self.state[parameter]["mean"] = parameter.detach().to(torch.float32).clone()
+
+    @torch.no_grad()
+    def accumulate_fisher(self) -> None:
+        """Take every p.grad, the gradient of a *summed* sampled-label loss, as a row of Q, and clear it."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self.beliefs[parameter].accumulate(parameter.grad[None])
+                    parameter.grad = None
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One step of the filter; the closure's loss where one is given.
+
+        Raises:
+            RuntimeError: `fisher="sampled"` and no factor was accumulated for a parameter that has a gradient.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            moving = [p for p in group["params"] if p.grad is not None]
+            if group["fisher"] == "sampled" and any(not self.beliefs[p].factors for p in moving):
+                raise RuntimeError(
+                    "KalmanOptimizer.step: no Fisher factor was accumulated since the last step; run "
+                    "sampled_label_loss(logits, labels).backward(retain_graph=True) and accumulate_fisher() before the "
+                    "loss's own backward, or use fisher='empirical' with structure='diagonal'."
+                )
+            for parameter in moving:
+                self._filter(parameter, group)
+        return loss
+
+    def _filter(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        belief, state = self.beliefs[parameter], self.state[parameter]
+        gradient = -group["gradient_scale"] * parameter.grad.to(torch.float32)  # pyright: ignore
+        belief.predict(group["process_noise"], group["forgetting"], group["decay"])
+        if group["fisher"] == "empirical":
+            belief.accumulate(gradient[None])
+        belief.factors = [factor / math.sqrt(group["temper"]) for factor in belief.factors]
+        gradient = gradient / group["temper"]
+        step = belief.update(gradient)
+        if group["max_step"] is not None:
+            # (P g)^T P^{-1} (P g) = g^T P g.
+            length = (gradient * step).sum().clamp(min=torch.finfo(torch.float32).tiny).sqrt()
+            step = step * (group["max_step"] / length).clamp(max=1)
+        mean = state.get("mean", parameter)
+        mean.add_(step, alpha=group["lr"])
+        if mean is not parameter:
+            parameter.copy_(mean)
+        state["steps"] += 1
+
+    def variances(self) -> dict[Tensor, Tensor]:
+        """{parameter: posterior variance of its entries}."""
+        return {parameter: belief.variances() for parameter, belief in self.beliefs.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """As every optimizer's, with factors that were accumulated and not used yet."""
+        saved = super().state_dict()
+        for index, parameter in enumerate(chain.from_iterable(g["params"] for g in self.param_groups)):
+            saved["state"][index] = {**saved["state"][index], **self.beliefs[parameter].state_dict()}
+        return saved
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a saved state bit for bit; states stay float32 also for narrow parameters.
+
+        Raises:
+            ValueError: it is the state of other parameters or of another structure.
+        """
+        super().load_state_dict({**state_dict, "state": {}})
+        indices = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        for group in self.param_groups:
+            for parameter, index in zip(group["params"], indices, strict=False):
+                self._begin(parameter, group)
+                saved, state = dict(state_dict["state"][index]), self.state[parameter]
+                state["steps"].copy_(saved.pop("steps"))
+                if (mean := saved.pop("mean", None)) is not None:
+                    state["mean"].copy_(mean)
+                self.beliefs[parameter].load_state_dict(saved)
+
+
+def _check(group: dict[str, Any]) -> None:
+    if group["structure"] not in STRUCTURES:
+        raise ValueError(
+            f"KalmanOptimizer: `structure` must be one of {tuple(STRUCTURES)}, got {group['structure']!r}."
+        )
+    if group["fisher"] not in ("sampled", "empirical"):
+        raise ValueError(f"KalmanOptimizer: `fisher` must be 'sampled' or 'empirical', got {group['fisher']!r}.")
+    if group["fisher"] == "empirical" and group["structure"] != "diagonal":
+        raise ValueError(
+            f"KalmanOptimizer: `fisher='empirical'` needs structure='diagonal', got {group['structure']!r}: with "
+            "correlations it removes the variance along the surprise."
+        )
+    for name, fits, wanted in (
+        ("temper", group["temper"] >= 1, ">= 1"),
+        ("gradient_scale", group["gradient_scale"] > 0, "> 0"),
+        ("max_step", group["max_step"] is None or group["max_step"] > 0, "> 0 or None"),
+        ("lr", group["lr"] >= 0, ">= 0"),
+        ("process_noise", group["process_noise"] >= 0, ">= 0"),
+        ("forgetting", 0 < group["forgetting"] <= 1, "in (0, 1]"),
+        ("decay", 0 <= group["decay"] <= 1, "in [0, 1]"),
+    ):
+        if not fits:
+            raise ValueError(f"KalmanOptimizer: `{name}` must be {wanted}, got {group[name]!r}.")
