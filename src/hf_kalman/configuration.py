@@ -134,11 +134,24 @@ class DecoderConfig(PreTrainedConfig):
         if self._rotates_by_kind():
             # Hosts before 5.23 look every kind up.
             self.rope_parameters = {**dict.fromkeys(self.layer_types), **self.rope_parameters}
+        self._fill_tp_plan()
+
+    def _fill_tp_plan(self):
+        """Where columns of a projection cannot be told apart by heads, every rank computes the whole of them."""
+        whole = []
         if self.fused_projections:
-            # Columns of different meaning lie side by side: every rank computes the whole of them.
-            fused = {f"layers.*.{name}": "colwise_gather_output" for name in ("self_attn.qkv_proj", "mlp.gate_up_proj")}
-            split = {f"layers.*.{name}": "rowwise_split_input" for name in ("self_attn.o_proj", "mlp.down_proj")}
-            self.base_model_tp_plan = {**self.base_model_tp_plan, **fused, **split}
+            whole = ["self_attn.qkv_proj", "mlp.gate_up_proj"]
+        elif self.use_qk_norm and self.qk_norm_full:
+            whole = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
+        if not whole:
+            return
+        plan = {**self.base_model_tp_plan, **{f"layers.*.{name}": "colwise_gather_output" for name in whole}}
+        plan["layers.*.self_attn.o_proj"] = "rowwise_split_input"
+        if self.fused_projections:
+            plan["layers.*.mlp.down_proj"] = "rowwise_split_input"
+        for name in ("q_norm", "k_norm"):
+            plan.pop(f"layers.*.self_attn.{name}", None)
+        self.base_model_tp_plan = plan
 
     def _rotates_by_kind(self) -> bool:
         return bool(self.rope_parameters) and set(self.rope_parameters) <= set(LAYER_TYPES)

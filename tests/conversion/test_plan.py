@@ -97,3 +97,11 @@ def test_rotary_parameters_of_kinds_that_are_gone_go_too():
     assert not plan.config.rope_parameters.get("full_attention")
     # A model without attention keeps no positions.
     assert plan_conversion(source, layers="all").config.layer_types == ["linear_attention"] * 4
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "smollm3", "granite", "olmo2", "phi3", "gemma3"])
+def test_tensor_parallel_plans_are_the_source_s_where_attention_stays(family):
+    source = teacher(family).config
+    plan = plan_conversion(source, layers=[1]).config.base_model_tp_plan
+    # Their names for the same entries; a plan may say more, for mixers and for norms that are not there.
+    assert source.base_model_tp_plan.items() <= plan.items()
