@@ -22,7 +22,7 @@ from .foreign.awslabs import export_awslabs, import_awslabs
 from .foreign.kla import export_kla, import_kla
 from .heal import HealingReport, check_pair, layer_errors
 from .layer_selection import CRITERIA, choose_layers, plot_ranking, rank_layers, read_ranking
-from .plan import MIXERS, mixer_options, plan_conversion
+from .plan import FAMILIES, MIXERS, mixer_options, plan_conversion
 from .recipe import load_recipe
 from .stages import STAGES, Stage, is_main, read_stages, run_stages, window_counts
 from .swap import check_checkpoint, load_model, swap_checkpoint
@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     swap = commands.add_parser("swap", help="replace attention layers of a pretrained model by Kalman mixers")
     swap.set_defaults(run=_swap)
-    swap.add_argument("--model", required=True, help="folder or Hub id of a Llama, Mistral, Qwen2 or Qwen3 causal LM")
+    swap.add_argument("--model", required=True, help=f"folder or Hub id of a causal LM: {', '.join(FAMILIES)}")
     swap.add_argument("--recipe", help="YAML recipe; the options below override it")
     swap.add_argument("--mixer", help=f"one of {', '.join(MIXERS)}")
     swap.add_argument("--layers", help="indices like 2,4,7, or half, all, none, or auto:COUNT with --ranking or --data")
