@@ -114,10 +114,9 @@ def sliding_control(teacher, layers, window, windows, stage, curve):
             teacher=teacher,
         )
         started = time.perf_counter()
-        steps = trainer.run()
+        tokens = trainer.run()
         seconds = time.perf_counter() - started - curve.seconds
         trainer.accelerator.unwrap_model(student, keep_fp32_wrapper=False)
-    tokens = steps * training.batch_size * training.accumulation * windows.shape[1]
     curve.measure(student, tokens)
     row = {"stage": "distil", "tokens": tokens, "seconds": round(seconds, 1), "tokens_per_s": round(tokens / seconds)}
     return student, [row]
@@ -125,15 +124,12 @@ def sliding_control(teacher, layers, window, windows, stage, curve):
 
 def speed(teacher, configurations):
     """Prefill, decoding and cache at three contexts, in bfloat16; the weights do not matter."""
-    from smollm2_gpu import generation
+    from smollm2_gpu import generation, in_bfloat16
 
     rows = []
     for name, swap in configurations.items():
         model = teacher if swap is None else swap_attention(teacher, **swap)
-        model = copy.deepcopy(model).to(torch.bfloat16).eval()
-        for parameter_name, parameter in model.named_parameters():
-            if "decay_bias" in parameter_name or "dynamics_bias" in parameter_name:
-                parameter.data = parameter.data.float()
+        model = in_bfloat16(copy.deepcopy(model))
         for context in CONTEXTS:
             row = generation(model, context)
             row["cache_bytes_one_sequence"] = cache_bytes(model.config, context, torch.bfloat16)

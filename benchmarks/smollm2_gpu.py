@@ -22,6 +22,15 @@ STUDENTS = {"6 of 30 layers GKA": [6, 7, 16, 21, 25, 27], "15 of 30 layers GKA":
 DECODED, BATCH = 16, 16
 
 
+def in_bfloat16(model):
+    """As `from_pretrained` narrows: decays and noises stay float32."""
+    model = model.to(torch.bfloat16).eval()
+    for name, parameter in model.named_parameters():
+        if "decay_bias" in name or "dynamics_bias" in name:
+            parameter.data = parameter.data.float()
+    return model
+
+
 @torch.no_grad()
 def generation(model, context):
     """Tokens per second of one prompt's prefill, of BATCH prompts' decoding, and peak memory of both."""
@@ -126,10 +135,7 @@ def main():
         model = AutoModelForCausalLM.from_pretrained(options.teacher, dtype=torch.float32)
         if name in STUDENTS:
             model = swap_attention(model, layers=STUDENTS[name])
-        model = model.to("cuda", torch.bfloat16).eval()
-        for parameter_name, parameter in model.named_parameters():
-            if "decay_bias" in parameter_name:
-                parameter.data = parameter.data.float()
+        model = in_bfloat16(model.to("cuda"))
         row = {"model": name, "generation": []}
         result["models"].append(row)
         with contextlib.suppress(torch.cuda.OutOfMemoryError):

@@ -219,8 +219,8 @@ def _rank(options: argparse.Namespace, count: int | None, mixer: str, fields: di
         selection = token_windows(tokenizer, read_documents(options.selection_data), length, measuring)
     teacher = load_model(options.model, torch.float32, options.device).eval()
     count = (teacher.config.num_hidden_layers - len(keep)) // 2 if count is None else count
-    options_ = {"count": count, "mixer": mixer, "keep": keep, **fields}
-    return rank_layers(teacher, windows, selection, **options_)
+    arguments: dict[str, Any] = {"count": count, "mixer": mixer, "keep": keep, **fields}
+    return rank_layers(teacher, windows, selection, **arguments)
 
 
 def _select(options: argparse.Namespace) -> int:

@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
+from kalman_kernels.numerics import widen
+
 from .heal import HealingReport, check_pair
-from .trainer import HealingTrainer, TokenWindows, restored, training_arguments
+from .trainer import HealingTrainer, TokenWindows, flags_kept, training_arguments
 
 __all__ = ["DistillationTrainer", "Training", "heal_distil", "heal_finetune", "share_frozen", "soft_divergence"]
 
@@ -41,7 +43,7 @@ class _SoftDivergence(torch.autograd.Function):
         gradient = torch.empty_like(student) if student.requires_grad else None
         for start in range(0, len(student), _ROWS):
             rows = slice(start, start + _ROWS)
-            loss, slope = _divergence(_wide(student[rows]) / temperature, _wide(teacher[rows]) / temperature, top_k)
+            loss, slope = _divergence(widen(student[rows]) / temperature, widen(teacher[rows]) / temperature, top_k)
             total += loss.double()
             if gradient is not None:
                 gradient[rows] = slope * (temperature / len(student))
@@ -52,10 +54,6 @@ class _SoftDivergence(torch.autograd.Function):
     def backward(ctx, d_loss: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         (gradient,) = ctx.saved_tensors
         return gradient * d_loss.to(gradient.dtype), None, None, None
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _divergence(student: Tensor, teacher: Tensor, top_k: int | None) -> tuple[Tensor, Tensor]:
@@ -241,9 +239,7 @@ class Training(NamedTuple):
         return training_arguments(work, device=device, more={**own, **more}, **options)
 
 
-def _run(
-    stage: str, student: PreTrainedModel, windows: Tensor, make: Callable[[PreTrainedModel], HealingTrainer]
-) -> HealingReport:
+def _run(stage: str, student: PreTrainedModel, make: Callable[[PreTrainedModel], HealingTrainer]) -> HealingReport:
     """Train a student with the trainer that `make` makes for it, and leave it a plain model."""
     started = time.monotonic()
     # What FSDP2 has sharded stays so: it gets a copy, whose weights come back whole.
@@ -251,16 +247,14 @@ def _run(
     model = copy.deepcopy(student) if sharded else student
     trainer = make(model)
     try:
-        steps = trainer.run()
+        tokens = trainer.run()
     finally:
         # Takes autocast off the student's forward.
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     if sharded:
         whole = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in model.state_dict().items()}
         student.load_state_dict(whole)
-    args = trainer.args
-    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return HealingReport(stage, steps * rows * windows.shape[1], time.monotonic() - started)
+    return HealingReport(stage, tokens, time.monotonic() - started)
 
 
 def _check(stage: str, student: PreTrainedModel, trained: str, known: Sequence[str]) -> None:
@@ -277,17 +271,17 @@ def _check(stage: str, student: PreTrainedModel, trained: str, known: Sequence[s
 @contextmanager
 def _training_only(student: PreTrainedModel, trained: str) -> Iterator[None]:
     """Gradients for `trained`, "mixers" or "all", and the student's own flags again afterwards."""
-    restore, training = restored([*student.parameters()]), student.training
-    for name, parameter in student.named_parameters():
-        parameter.requires_grad_(trained == "all" or ".mixer." in name)
-        if trained == "all":
-            # It may be in a teacher's memory since an earlier stage.
-            parameter.data = parameter.data.clone()
-    try:
-        yield
-    finally:
-        restore()
-        student.train(training)
+    training = student.training
+    with flags_kept(student):
+        for name, parameter in student.named_parameters():
+            parameter.requires_grad_(trained == "all" or ".mixer." in name)
+            if trained == "all":
+                # It may be in a teacher's memory since an earlier stage.
+                parameter.data = parameter.data.clone()
+        try:
+            yield
+        finally:
+            student.train(training)
 
 
 def heal_distil(
@@ -355,7 +349,7 @@ def heal_distil(
         return trainer
 
     with _training_only(student, trained):
-        return _run("distil", student, windows, make)
+        return _run("distil", student, make)
 
 
 def heal_finetune(
@@ -396,14 +390,14 @@ def heal_finetune(
 
     if trained != "lora":
         with _training_only(student, trained):
-            return _run("finetune", student, windows, make)
+            return _run("finetune", student, make)
     from peft import LoraConfig, get_peft_model
 
     with _training_only(student, "all"):
         torch.manual_seed(training.seed)
         model = get_peft_model(student, LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, task_type="CAUSAL_LM"))
         try:
-            report = _run("finetune", model, windows, make)  # pyright: ignore[reportArgumentType]
+            report = _run("finetune", model, make)  # pyright: ignore[reportArgumentType]
         except BaseException:
             model.unload()  # pyright: ignore[reportCallIssue]
             raise

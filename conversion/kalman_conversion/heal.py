@@ -24,7 +24,7 @@ from hf_kalman.kla.modeling_kla import KLAMixer
 
 from .rls import RecursiveLeastSquares
 from .taps import AttentionTaps
-from .trainer import HealingTrainer, TokenWindows, restored, training_arguments
+from .trainer import HealingTrainer, TokenWindows, flags_kept, training_arguments
 
 __all__ = [
     "HealingReport",
@@ -346,29 +346,26 @@ def heal_layerwise(
         ValueError: teacher and student do not fit.
     """
     started = time.monotonic()
-    restore = restored([*student.parameters()])
-    model = LayerwiseDistillation(student, teacher, filters, forgetting, prior_tokens)
-    arguments = training_arguments(
-        work,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        epochs=epochs,
-        seed=seed,
-        warmup_steps=10,
-        save_every=save_every,
-        progress=progress,
-        device=teacher.device,
-        more=more,
-    )
-    trainer = HealingTrainer(
-        model,
-        arguments,
-        train_dataset=TokenWindows(windows),
-        callbacks=[_FilterSchedule(model, learning_rate), *callbacks],
-        small_factor=small_factor,
-    )
-    try:
-        steps = trainer.run()
-    finally:
-        restore()
-    return HealingReport("layerwise", steps * batch_size * windows.shape[1], time.monotonic() - started)
+    with flags_kept(student):
+        model = LayerwiseDistillation(student, teacher, filters, forgetting, prior_tokens)
+        arguments = training_arguments(
+            work,
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            epochs=epochs,
+            seed=seed,
+            warmup_steps=10,
+            save_every=save_every,
+            progress=progress,
+            device=teacher.device,
+            more=more,
+        )
+        trainer = HealingTrainer(
+            model,
+            arguments,
+            train_dataset=TokenWindows(windows),
+            callbacks=[_FilterSchedule(model, learning_rate), *callbacks],
+            small_factor=small_factor,
+        )
+        tokens = trainer.run()
+    return HealingReport("layerwise", tokens, time.monotonic() - started)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -130,25 +131,26 @@ def rank_layers(
         with context:
             return function(teacher, selection, batch_size=batch_size)
 
+    @functools.cache
+    def healed(*indices: int) -> tuple[float, float]:
+        with swapped_in(teacher, student, indices):
+            found = [f(teacher, selection, batch_size=batch_size) for f in (perplexity, recall_perplexity)]
+        return found[0], found[1]
+
     layers = {}
     for index in tqdm(range(total), desc="single layers", unit="layer", disable=not progress):
-        swapped, cut = (lambda i=index: swapped_in(teacher, student, [i])), [index]
+        cut = [index]
         layers[index] = {
             "zeroed": measure(zeroed_attention(teacher, cut), perplexity),
             "window": measure(windowed_attention(teacher, cut, window), perplexity),
             "window_recall": measure(windowed_attention(teacher, cut, window), recall_perplexity),
             "error": errors[index],
-            "healed": measure(swapped(), perplexity),
-            "recall": measure(swapped(), recall_perplexity),
+            "healed": healed(index)[0],
+            "recall": healed(index)[1],
         }
     chosen, path = [], []
     for _ in tqdm(range(count), desc="greedy", unit="layer", disable=not progress):
-        trials = {}
-        for index in free:
-            if index not in chosen:
-                with swapped_in(teacher, student, [*chosen, index]):
-                    found = [f(teacher, selection, batch_size=batch_size) for f in (perplexity, recall_perplexity)]
-                trials[index] = found
+        trials = {index: healed(*chosen, index) for index in free if index not in chosen}
         chosen.append(min(trials, key=lambda index: trials[index][0] * trials[index][1]))
         path.append([chosen[-1], *trials[chosen[-1]]])
     return {

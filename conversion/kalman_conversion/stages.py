@@ -168,9 +168,10 @@ def run_stages(
     _check_run(stages, teacher)
     teacher = cast(PreTrainedModel, teacher)
     work, length = Path(work), windows.shape[1]
-    folders = [work / f"{number}-{stage.name}" for number, stage in enumerate(stages)]
-    reports = []
-    for stage, folder, previous in zip(stages, folders, [None, *stages], strict=False):
+    reports: list[HealingReport] = []
+    ran: list[tuple[Stage, Path]] = []
+    for number, stage in enumerate(stages):
+        folder = work / f"{number}-{stage.name}"
         report = _load(student, folder)
         if report is None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -180,7 +181,10 @@ def run_stages(
             if stage.name == "rls":
                 report, _ = heal_rls(student, teacher, part, work=folder, progress=progress, **settings)
             elif stage.name == "layerwise":
-                filters = _filters(student, teacher, windows, stage, previous, folder, progress)
+                # Least squares on the tokens of its own, or the run right before it, whose sums are kept.
+                own = stage._replace(settings={**stage.settings, "tokens": stage.settings.get("rls_tokens")})
+                source, sums = (own, folder / "rls") if "rls_tokens" in stage.settings else ran[-1]
+                filters = _filters(student, teacher, windows, source, sums, progress)
                 common = {"callbacks": callbacks, **options, **more}
                 report = heal_layerwise(student, teacher, part, filters, work=folder, **settings, **common)
             else:
@@ -192,6 +196,7 @@ def run_stages(
                     report = heal_finetune(student, part, **common)
             _save(student, folder, report)
         reports.append(report)
+        ran.append((stage, folder))
         if after is not None:
             after(report)
     return reports
@@ -213,19 +218,14 @@ def _filters(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     windows: Tensor,
-    stage: Stage,
-    previous: Stage | None,
-    folder: Path,
+    source: Stage,
+    sums: Path,
     progress: bool,
 ) -> dict[int, RecursiveLeastSquares]:
-    """The sums that layerwise healing starts from: those of least squares right before it, or its own."""
-    own = "rls_tokens" in stage.settings
-    settings = stage.settings if own or previous is None else previous.settings
-    count = settings["rls_tokens" if own else "tokens"] // windows.shape[1]
-    source = folder / "rls" if own else folder.parent / f"{int(folder.name.partition('-')[0]) - 1}-rls"
-    source.mkdir(exist_ok=True)
-    prior = settings["prior_tokens"]
-    return heal_rls(student, teacher, windows[:count], prior_tokens=prior, work=source, progress=progress)[1]
+    """The sums that layerwise healing starts from, of the tokens and with the prior that `source` says."""
+    sums.mkdir(exist_ok=True)
+    part, prior = windows[: source.settings["tokens"] // windows.shape[1]], source.settings["prior_tokens"]
+    return heal_rls(student, teacher, part, prior_tokens=prior, work=sums, progress=progress)[1]
 
 
 def is_main() -> bool:

@@ -20,9 +20,11 @@ __all__ = [
     "DTYPES",
     "NewTensor",
     "StoredTensor",
+    "all_tensors",
     "copy_rest",
     "read_shards",
     "read_tensor",
+    "shard_names",
     "write_checkpoint",
     "write_shard",
 ]
@@ -51,15 +53,23 @@ class NewTensor(NamedTuple):
     make: Callable[[], Tensor]
 
 
+def shard_names(folder: Path) -> list[str]:
+    """Names of a checkpoint's weight files: those of the index, or the only one."""
+    index = folder / INDEX
+    if index.is_file():
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    return ["model.safetensors"]
+
+
 def read_shards(folder: str | Path) -> dict[str, dict[str, StoredTensor]]:
     """{file name: {tensor name: where it is}} of a checkpoint folder, from the headers alone."""
     folder = Path(folder)
-    index = folder / INDEX
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
-    return {name: _header(folder / name) for name in names}
+    return {name: _header(folder / name) for name in shard_names(folder)}
+
+
+def all_tensors(shards: Mapping[str, Mapping[str, StoredTensor]]) -> dict[str, StoredTensor]:
+    """{tensor name: where it is} over all files."""
+    return {name: tensor for tensors in shards.values() for name, tensor in tensors.items()}
 
 
 def _header(path: Path) -> dict[str, StoredTensor]:

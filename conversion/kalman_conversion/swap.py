@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,9 +25,11 @@ from .streaming import (
     DTYPES,
     NewTensor,
     StoredTensor,
+    all_tensors,
     copy_rest,
     read_shards,
     read_tensor,
+    shard_names,
     write_checkpoint,
 )
 
@@ -53,12 +54,7 @@ def check_checkpoint(path: str | Path, function: str = "swap_attention") -> None
     path = Path(path)
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{function}: `model` {str(path)!r} has no config.json.")
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
-    for name in names:
+    for name in shard_names(path):
         if not (path / name).is_file():
             raise FileNotFoundError(f"{function}: `model` {str(path)!r} lacks the weight file {name!r}.")
         try:
@@ -233,16 +229,16 @@ def swap_checkpoint(
     options = mixer_options(source, initialisation, mixer_fields, mixer)
     plan = plan_conversion(source, mixer, layers, **options)
     shards = read_shards(folder)
-    stored = {name: tensor for tensors in shards.values() for name, tensor in tensors.items()}
+    stored = all_tensors(shards)
     _check_biases(plan, stored)
     with torch.device("meta"):
         result = _FAMILIES[mixer][0](plan.config)
     gone = tuple(f"model.layers.{index}.self_attn." for index in plan.layers)
-    missing = {n for n in result.state_dict() if ".mixer." not in n or int(n.split(".")[2]) not in plan.layers}
+    known = result.state_dict()
+    missing = {n for n in known if ".mixer." not in n or int(n.split(".")[2]) not in plan.layers}
     missing -= stored.keys() | ({"lm_head.weight"} if plan.config.tie_word_embeddings else set())
     if missing:
         raise ValueError(f"swap_attention: `model` {str(folder)!r} has no weights for {sorted(missing)[:5]}.")
-    known = result.state_dict()
     rest = [name for name in stored if name not in known and not name.startswith(gone)]
     if rest:
         raise ValueError(f"swap_attention: `model` {str(folder)!r} has weights that are not known: {sorted(rest)[:5]}.")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-__all__ = ["HealingTrainer", "TokenWindows", "complete_checkpoint", "training_arguments"]
+__all__ = ["HealingTrainer", "TokenWindows", "complete_checkpoint", "flags_kept", "training_arguments"]
 
 # Parameters that shape decays, gates and convolutions: few, and far from where they should be at the start.
 SMALL = (
@@ -92,9 +93,11 @@ class HealingTrainer(Trainer):
         return self.optimizer
 
     def run(self) -> int:
-        """Train, from the last complete checkpoint where there is one; the number of steps behind the run."""
+        """Train, from the last complete checkpoint where there is one; the number of tokens behind the run."""
         self.train(resume_from_checkpoint=complete_checkpoint(self.args.output_dir))
-        return self.state.global_step
+        args, windows = self.args, cast(TokenWindows, self.train_dataset).windows
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return self.state.global_step * rows * windows.shape[1]
 
 
 def complete_checkpoint(folder: str | Path | None) -> str | None:
@@ -148,12 +151,12 @@ def training_arguments(
     return TrainingArguments(**{**own, **more})
 
 
-def restored(parameters: Sequence[nn.Parameter]):
-    """A function that gives parameters the `requires_grad` back that they have now."""
-    flags = [(parameter, parameter.requires_grad) for parameter in parameters]
-
-    def restore() -> None:
+@contextmanager
+def flags_kept(model: nn.Module) -> Iterator[None]:
+    """Afterwards a model's parameters require gradients as before."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-
-    return restore

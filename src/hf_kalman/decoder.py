@@ -197,6 +197,14 @@ class DecoderAttention(nn.Module):
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
 
 
+# The norms before and after the mixer, before and after the MLP, under the names of the models that place them there.
+_NORMS = {
+    "pre": ("input_layernorm", None, "post_attention_layernorm", None),
+    "post": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    "both": ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+}
+
+
 class DecoderLayer(GradientCheckpointingLayer):
     """x += mix(norm(x)); x += mlp(norm(x)), where mix is softmax attention or the family's mixer.
 
@@ -213,17 +221,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         else:
             self.self_attn = DecoderAttention(config, layer_idx)
         self.mlp = _mlp(config)
-        # The norms before and after the mixer, before and after the MLP.
-        self.norms = {
-            "pre": ("input_layernorm", None, "post_attention_layernorm", None),
-            "post": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
-            "both": (
-                "input_layernorm",
-                "post_attention_layernorm",
-                "pre_feedforward_layernorm",
-                "post_feedforward_layernorm",
-            ),
-        }[config.norm_placement]
+        self.norms = _NORMS[config.norm_placement]
         for name in self.norms:
             if name is not None:
                 self.add_module(name, _norm(config, config.hidden_size))
@@ -405,6 +403,15 @@ def _check_inputs(
         raise ValueError(f"`cu_seq_lens_q` is of sequences packed into one row, but the input has {batch} rows.")
 
 
+def _rotations(model, hidden_states: Tensor, position_ids: Tensor) -> dict:
+    """{kind of layer: (cosines, sines)}, empty where nothing rotates."""
+    if model.rotary_emb is None:
+        return {}
+    like = hidden_states.new_empty(0, dtype=torch.float32) if model.config.rope_in_float32 else hidden_states
+    found = model.rotary_emb(like, position_ids)
+    return found if isinstance(found, dict) else dict.fromkeys(model.config.layer_types, found)
+
+
 def run_decoder(
     model,
     input_ids: Tensor | None,
@@ -444,10 +451,7 @@ def run_decoder(
     hidden_states = inputs_embeds
     if config.embedding_multiplier != 1:
         hidden_states = hidden_states * config.embedding_multiplier
-    position_embeddings = None
-    if model.rotary_emb is not None:
-        like = hidden_states.new_empty(0, dtype=torch.float32) if config.rope_in_float32 else hidden_states
-        position_embeddings = model.rotary_emb(like, position_ids)
+    rotations = _rotations(model, hidden_states, position_ids)
     for layer in model.layers[: config.num_hidden_layers]:
         hidden_states = layer(
             hidden_states,
@@ -455,11 +459,7 @@ def run_decoder(
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
-            position_embeddings=(
-                position_embeddings.get(layer.layer_type)
-                if isinstance(position_embeddings, dict)
-                else position_embeddings
-            ),
+            position_embeddings=rotations.get(layer.layer_type),
             **kwargs,
         )
     hidden_states = model.norm(hidden_states)

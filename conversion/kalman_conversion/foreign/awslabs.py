@@ -19,7 +19,7 @@ from hf_kalman import GKAConfig, GKAForCausalLM
 from hf_kalman.gka.hybrid_qwen3 import MIXER_FIELDS, SYMBOLS, HybridQwen3Config
 
 from ..files import check_output, new_folder
-from ..streaming import StoredTensor, copy_rest, read_shards, write_checkpoint
+from ..streaming import StoredTensor, all_tensors, copy_rest, read_shards, write_checkpoint
 from ..swap import check_checkpoint
 
 __all__ = ["export_awslabs", "import_awslabs"]
@@ -40,15 +40,8 @@ _REFUSED = {
 # Fields of ours that theirs has no name for: they must have the value of the published layer and of a plain decoder.
 _UNSPOKEN = (
     *("use_local_values", "key_activation", "value_activation", "solver", "solver_tolerance"),
-    *(
-        "norm_style",
-        "norm_placement",
-        "fused_projections",
-        "rope_layers",
-        "rope_in_float32",
-        "qk_norm_full",
-        "mlp_bias",
-    ),
+    *("norm_style", "norm_placement", "qk_norm_full", "fused_projections", "mlp_bias", "rope_layers"),
+    "rope_in_float32",
     *("embedding_multiplier", "scale_embeddings", "attention_multiplier", "residual_multiplier", "logits_scaling"),
     "final_logit_softcapping",
 )
@@ -82,7 +75,7 @@ def _read_config(folder: Path) -> tuple[GKAConfig, tuple[int, ...]]:
     raw["hybrid_override_pattern"] = "-".join("GKA" if s == "GKA*" else s for s in symbols) or None
     for name in ("model_type", "architectures", "transformers_version"):
         raw.pop(name, None)
-    read = HybridQwen3Config(**{**raw, **{k: v for k, v in _FAMILIES[kind].items() if k != "attention_output_bias"}})
+    read = HybridQwen3Config(**{**raw, **_FAMILIES[kind]})
     fields = {name: getattr(read, name) for name in GKAConfig.__dataclass_fields__ if hasattr(read, name)}
     for name in ("transformers_version", "architectures", "model_type"):
         fields.pop(name, None)
@@ -91,8 +84,9 @@ def _read_config(folder: Path) -> tuple[GKAConfig, tuple[int, ...]]:
     return GKAConfig(**{**fields, **_FAMILIES[kind]}), fused
 
 
-def _check_tensors(config: GKAConfig, tensors: dict[str, StoredTensor], function: str) -> None:
-    """Every tensor that the configuration asks for is there, in its shape, and no other."""
+def _check_tensors(config: GKAConfig, shards: dict[str, dict[str, StoredTensor]], function: str) -> None:
+    """Every tensor that the configuration asks for is there under our name, in its shape, and no other."""
+    tensors = all_tensors(shards)
     with torch.device("meta"):
         wanted = {name: tuple(tensor.shape) for name, tensor in GKAForCausalLM(config).state_dict().items()}
     if config.tie_word_embeddings and "lm_head.weight" not in tensors:
@@ -133,15 +127,14 @@ def import_awslabs(model: str | Path, output: str | Path) -> GKAConfig:
         file: {_import_name(name): stored for name, stored in tensors.items() if not name.startswith(teacher)}
         for file, tensors in read_shards(source).items()
     }
-    everything = {name: stored for tensors in shards.values() for name, stored in tensors.items()}
-    _check_tensors(config, everything, "import_awslabs")
+    _check_tensors(config, shards, "import_awslabs")
     config.architectures = ["GKAForCausalLM"]
     _write(source, output, shards, config.to_dict())
     return config
 
 
 def _write(source: Path, output: str | Path, shards: dict[str, dict[str, StoredTensor]], config: dict) -> None:
-    size = sum(stored.end - stored.begin for tensors in shards.values() for stored in tensors.values())
+    size = sum(stored.end - stored.begin for stored in all_tensors(shards).values())
     check_output(output, needed=size + (64 << 20))
     with new_folder(output) as folder:
         write_checkpoint(folder, shards)
@@ -171,12 +164,9 @@ def export_awslabs(model: str | Path, output: str | Path) -> str:
         raise ValueError(f"export_awslabs: `model` must be of type kalman_gka, got {raw.get('model_type')!r}.")
     config = GKAConfig(**{k: v for k, v in raw.items() if k in GKAConfig.__dataclass_fields__})
     kind = _their_family(config)
-    shards = {
-        file: {_export_name(name): stored for name, stored in tensors.items()}
-        for file, tensors in read_shards(source).items()
-    }
-    everything = {_import_name(name): stored for tensors in shards.values() for name, stored in tensors.items()}
-    _check_tensors(config, everything, "export_awslabs")
+    ours = read_shards(source)
+    _check_tensors(config, ours, "export_awslabs")
+    shards = {file: {_export_name(n): stored for n, stored in tensors.items()} for file, tensors in ours.items()}
     carried = (
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
         "hidden_act max_position_embeddings initializer_range rms_norm_eps use_cache tie_word_embeddings "

@@ -315,18 +315,19 @@ class LowRankCovariance(Covariance):
     def times(self, vector: Tensor) -> Tensor:
         """See `Covariance.times`."""
         flat = vector.flatten()
-        scaled = self.factor / self.diagonal[:, None]
-        lower = torch.linalg.cholesky(self._inner(scaled))
+        scaled, lower = self._woodbury()
         inner = torch.cholesky_solve((scaled.T @ flat)[:, None], lower)[:, 0]
         return (flat / self.diagonal - scaled @ inner).view(self.shape)
 
-    def _inner(self, scaled: Tensor) -> Tensor:
-        return torch.eye(scaled.shape[1], **self.options) + self.factor.T @ scaled
+    def _woodbury(self) -> tuple[Tensor, Tensor]:
+        """Y^{-1} W, and the lower Cholesky factor of I + W^T Y^{-1} W."""
+        scaled = self.factor / self.diagonal[:, None]
+        eye = torch.eye(scaled.shape[1], **self.options)
+        return scaled, torch.linalg.cholesky(eye + self.factor.T @ scaled)
 
     def variances(self) -> Tensor:
         """See `Covariance.variances`."""
-        scaled = self.factor / self.diagonal[:, None]
-        lower = torch.linalg.cholesky(self._inner(scaled))
+        scaled, lower = self._woodbury()
         removed = torch.linalg.solve_triangular(lower, scaled.T, upper=False).square().sum(0)
         return (1 / self.diagonal - removed).view(self.shape)
 

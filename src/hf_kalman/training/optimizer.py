@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kalman_kernels.numerics import widen
+
 from .covariance import STRUCTURES, Covariance
 
 __all__ = ["KalmanOptimizer", "sampled_label_loss"]
@@ -41,7 +43,7 @@ def sampled_label_loss(logits: Tensor, labels: Tensor, generator: torch.Generato
             f"sampled_label_loss: `labels` must have shape {tuple(logits.shape[:-1])}, got {tuple(labels.shape)}."
         )
     kept = logits[labels != -100]
-    logs = kept.to(torch.promote_types(kept.dtype, torch.float32)).log_softmax(-1)
+    logs = widen(kept).log_softmax(-1)
     drawn = torch.multinomial(logs.detach().exp(), 1, generator=generator) if len(logs) else labels.new_zeros(0, 1)
     return -logs.gather(-1, drawn).sum()
 
