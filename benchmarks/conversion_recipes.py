@@ -39,8 +39,9 @@ from kalman_conversion.recipe import load_recipe
 from kalman_conversion.stages import window_counts
 from kalman_conversion.trainer import TokenWindows
 
-# The same budget for the same layers, with attention to the last tokens in place of a mixer.
-CONTROLS = {"control-sliding-512": ("smollm2-135m-gka-15", 512)}
+# The end-to-end stage of a recipe without its mixers: with attention to the last tokens in the same layers, or with the
+# teacher as it is.
+CONTROLS = {"control-sliding-512": ("smollm2-135m-gka-15", 512), "control-teacher": ("smollm2-135m-gka-15", None)}
 RECIPES = Path(__file__).parents[1] / "conversion" / "recipes"
 CONTEXTS = (2048, 8192, 32768)
 
@@ -91,17 +92,16 @@ def heal(student, teacher, windows, stages, curve, seed=0):
     return rows
 
 
-def sliding_control(teacher, layers, window, windows, stage, curve):
-    """The teacher with a sliding window in some attention layers, distilled like a swapped student."""
-    plan = plan_conversion(teacher.config, "gka", "none")
-    kinds = ["sliding_attention" if i in layers else kind for i, kind in enumerate(plan.config.layer_types)]
-    config = type(plan.config)(**{**plan.config.to_dict(), "layer_types": kinds, "sliding_window": window})
+def control(teacher, layers, window, windows, stage, curve):
+    """The teacher, with a sliding window in some attention layers or none, trained like a swapped student."""
+    config = plan_conversion(teacher.config, "gka", "none").config
+    if window is not None:
+        kinds = ["sliding_attention" if i in layers else kind for i, kind in enumerate(config.layer_types)]
+        config = type(config)(**{**config.to_dict(), "layer_types": kinds, "sliding_window": window})
     student = GKAForCausalLM(config)
     student.load_state_dict(teacher.state_dict())
     student.to(teacher.device)
     curve.measure(student, 0)
-    for name, parameter in student.named_parameters():
-        parameter.requires_grad_(any(f"layers.{i}.self_attn." in name for i in layers))
     settings = stage.settings
     training = Training(**{k: settings[k] for k in Training._fields if k in settings}, progress=False)
     rows = windows[: settings["tokens"] // windows.shape[1]]
@@ -109,13 +109,18 @@ def sliding_control(teacher, layers, window, windows, stage, curve):
         trainer = DistillationTrainer(
             student,
             training._replace(save_every=10**9).arguments(work, teacher.device, {}),
-            train_dataset=TokenWindows(rows),
+            train_dataset=TokenWindows(rows, repeated=settings["repeated"]),
             callbacks=[curve],
+            small_factor=1.0,
             teacher=teacher,
+            **{
+                name: settings[name]
+                for name in ("logits_weight", "hidden_weight", "temperature", "top_k", "text_weight")
+            },
         )
-        started = time.perf_counter()
+        started, measuring = time.perf_counter(), curve.seconds
         tokens = trainer.run()
-        seconds = time.perf_counter() - started - curve.seconds
+        seconds = time.perf_counter() - started - (curve.seconds - measuring)
         trainer.accelerator.unwrap_model(student, keep_fp32_wrapper=False)
     curve.measure(student, tokens)
     row = {"stage": "distil", "tokens": tokens, "seconds": round(seconds, 1), "tokens_per_s": round(tokens / seconds)}
@@ -195,8 +200,8 @@ def main():
         teacher, curve = load(), Curve(valid, options.curve_every)
         swap = {k: v for k, v in recipe["swap"].items() if k != "options"}
         torch.cuda.reset_peak_memory_stats() if device == "cuda" else None
-        if sliding_window is not None:
-            student, rows = sliding_control(teacher, swap["layers"], sliding_window, windows, stages[-1], curve)
+        if name in CONTROLS:
+            student, rows = control(teacher, swap["layers"], sliding_window, windows, stages[-1], curve)
         else:
             student = swap_attention(teacher, share_weights=True, **swap, **recipe["swap"].get("options", {}))
             curve.measure(student, 0)
@@ -208,7 +213,7 @@ def main():
         result = {
             **about,
             "recipe": recipe,
-            "sliding_window_in_place_of_mixers": sliding_window,
+            "control": name in CONTROLS and (f"sliding window of {sliding_window}" if sliding_window else "teacher"),
             "stages": rows,
             "tokens": sum(row["tokens"] for row in rows),
             "seconds": round(sum(row["seconds"] for row in rows), 1),

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
@@ -148,6 +149,7 @@ class DistillationTrainer(HealingTrainer):
     """`Trainer` whose loss compares a student with a frozen teacher on the same tokens.
 
         loss = logits_weight * T^2 mean KL(teacher || student) + hidden_weight * |h_s - h_t|^2 / |h_t|^2
+             + text_weight * mean -log student(next token)
 
     with h the final hidden states, after the last norm. The teacher is no part of the model: it is neither trained nor
     saved nor sharded.
@@ -158,6 +160,8 @@ class DistillationTrainer(HealingTrainer):
         hidden_weight: weight of the relative squared error of the final hidden states.
         temperature: T of `soft_divergence`.
         top_k: see `soft_divergence`.
+        text_weight: weight of next-token prediction on the text itself, which moves the student from its teacher to the
+            text.
     """
 
     loss_is_scaled_for_ga = False
@@ -170,9 +174,11 @@ class DistillationTrainer(HealingTrainer):
         hidden_weight: float = 0.0,
         temperature: float = 1.0,
         top_k: int | None = None,
+        text_weight: float = 0.0,
         **kwargs,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.text_weight = text_weight
         self.teacher = teacher.to(self.args.device).eval()  # pyright: ignore[reportArgumentType]
         self.weights, self.temperature, self.top_k = (logits_weight, hidden_weight), temperature, top_k
         self._finals = (_Final(self.accelerator.unwrap_model(self.model)), _Final(teacher)) if hidden_weight else ()
@@ -180,16 +186,20 @@ class DistillationTrainer(HealingTrainer):
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         """The loss of a batch of `input_ids` (B, T)."""
         logits_weight, hidden_weight = self.weights
-        options = {"use_cache": False, "logits_to_keep": 0 if logits_weight else 1}
+        tokens = inputs["input_ids"]
+        options = {"use_cache": False, "logits_to_keep": 0 if logits_weight or self.text_weight else 1}
         with torch.no_grad(), self.accelerator.autocast():
-            wanted = self.teacher(input_ids=inputs["input_ids"], **options).logits
-        outputs = model(input_ids=inputs["input_ids"], **options)
+            wanted = self.teacher(input_ids=tokens, **options).logits
+        outputs = model(input_ids=tokens, **options)
         loss = torch.zeros((), device=wanted.device)
         if logits_weight:
             loss = loss + logits_weight * soft_divergence(outputs.logits, wanted, self.temperature, self.top_k)
         if hidden_weight:
             found, target = (final.take().float() for final in self._finals)
             loss = loss + hidden_weight * (found - target).square().sum() / target.square().sum()
+        if self.text_weight:
+            logits = widen(outputs.logits[:, :-1]).flatten(0, 1)
+            loss = loss + self.text_weight * F.cross_entropy(logits, tokens[:, 1:].flatten())
         return (loss, outputs) if return_outputs else loss
 
     def run(self) -> int:
@@ -207,6 +217,7 @@ class Training(NamedTuple):
     Args:
         learning_rate: peak; linear warm-up, then cosine to 0.
         small_factor: times that for decays, gates and convolutions.
+        mixer_factor: times that for all else in the mixers.
         batch_size: windows per device and step.
         accumulation: batches per optimizer step.
         epochs: passes over the windows.
@@ -219,6 +230,7 @@ class Training(NamedTuple):
 
     learning_rate: float = 1e-3
     small_factor: float = 3.0
+    mixer_factor: float = 1.0
     batch_size: int = 8
     accumulation: int = 1
     epochs: float = 1.0
@@ -232,7 +244,7 @@ class Training(NamedTuple):
         """As the host's `TrainingArguments`, with `more` of them."""
         options = self._asdict()
         bf16, accumulation = options.pop("bf16"), options.pop("accumulation")
-        options.pop("small_factor")
+        options = {k: v for k, v in options.items() if k not in ("small_factor", "mixer_factor")}
         if bf16 is None:
             bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
         own = {"bf16": bf16, "gradient_accumulation_steps": accumulation}
@@ -296,6 +308,7 @@ def heal_distil(
     hidden_weight: float = 0.0,
     temperature: float = 1.0,
     top_k: int | None = None,
+    text_weight: float = 0.0,
     repeated: float = 0.0,
     callbacks: Sequence[TrainerCallback] = (),
     **more: Any,
@@ -315,6 +328,7 @@ def heal_distil(
         hidden_weight: see `DistillationTrainer`.
         temperature: see `DistillationTrainer`.
         top_k: see `DistillationTrainer`.
+        text_weight: see `DistillationTrainer`.
         repeated: share of windows in which the second half is pieces of the first, so that the student practises
             finding things in its context; see `TokenWindows`.
         callbacks: further callbacks for the `Trainer`.
@@ -326,10 +340,11 @@ def heal_distil(
     check_pair(student, teacher)
     _check("heal_distil", student, trained, ("mixers", "all"))
     _check_loss(temperature, top_k, student.config.vocab_size)
-    if logits_weight < 0 or hidden_weight < 0 or not logits_weight + hidden_weight > 0:
+    weights = (logits_weight, hidden_weight, text_weight)
+    if min(weights) < 0 or not logits_weight + hidden_weight > 0:
         raise ValueError(
-            "heal_distil: `logits_weight` and `hidden_weight` must be >= 0 and not both 0, got "
-            f"{logits_weight!r} and {hidden_weight!r}."
+            "heal_distil: `logits_weight`, `hidden_weight` and `text_weight` must be >= 0 and the first two not both "
+            f"0, got {weights}."
         )
 
     def make(model: PreTrainedModel) -> DistillationTrainer:
@@ -339,11 +354,13 @@ def heal_distil(
             train_dataset=TokenWindows(windows, repeated=repeated),
             callbacks=[*callbacks],
             small_factor=training.small_factor,
+            mixer_factor=training.mixer_factor,
             teacher=teacher,
             logits_weight=logits_weight,
             hidden_weight=hidden_weight,
             temperature=temperature,
             top_k=top_k,
+            text_weight=text_weight,
         )
         share_frozen(model, teacher)
         return trainer
@@ -385,7 +402,11 @@ def heal_finetune(
     def make(model: PreTrainedModel) -> HealingTrainer:
         arguments = training.arguments(work, student.device, more)
         data = TokenWindows(windows, labels=True)
-        options = {"callbacks": [*callbacks], "small_factor": training.small_factor}
+        options = {
+            "callbacks": [*callbacks],
+            "small_factor": training.small_factor,
+            "mixer_factor": training.mixer_factor,
+        }
         return HealingTrainer(model, arguments, train_dataset=data, **options)
 
     if trained != "lora":

@@ -42,6 +42,7 @@ STAGES: dict[str, dict[str, Any]] = {
         "hidden_weight": 0.0,
         "temperature": 1.0,
         "top_k": None,
+        "text_weight": 0.0,
         "repeated": 0.0,
     },
     "finetune": {

@@ -70,27 +70,34 @@ class TokenWindows(torch.utils.data.Dataset):
 
 
 class HealingTrainer(Trainer):
-    """`Trainer` with one AdamW whose learning rate is larger for the small parameters of the mixers.
+    """`Trainer` with one AdamW whose learning rate can be larger for the mixers, and for their small parameters.
 
     Args:
         small_factor: times `args.learning_rate` for decays, gates and convolutions.
+        mixer_factor: times `args.learning_rate` for all else in the mixers.
     """
 
-    def __init__(self, *args, small_factor: float = 1.0, **kwargs) -> None:
+    def __init__(self, *args, small_factor: float = 1.0, mixer_factor: float = 1.0, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.small_factor = small_factor
+        self.small_factor, self.mixer_factor = small_factor, mixer_factor
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         """AdamW without weight decay on what requires gradients."""
         if self.optimizer is None:
             rate = self.args.learning_rate
             model: nn.Module = args[0] if args and args[0] is not None else self.model  # pyright: ignore
-            trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-            small = [p for n, p in trained if any(part in n for part in SMALL)]
-            large = [p for n, p in trained if not any(part in n for part in SMALL)]
-            groups = [{"params": large, "lr": rate}, {"params": small, "lr": rate * self.small_factor}]
-            self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.95), weight_decay=0.0)
+            groups: dict[float, list[nn.Parameter]] = {}
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    groups.setdefault(rate * self._factor(name), []).append(parameter)
+            rows = [{"params": parameters, "lr": lr} for lr, parameters in groups.items()]
+            self.optimizer = torch.optim.AdamW(rows, betas=(0.9, 0.95), weight_decay=0.0)
         return self.optimizer
+
+    def _factor(self, name: str) -> float:
+        if any(part in name for part in SMALL):
+            return self.small_factor
+        return self.mixer_factor if ".mixer." in name else 1.0
 
     def run(self) -> int:
         """Train, from the last complete checkpoint where there is one; the number of tokens behind the run."""

@@ -15,7 +15,7 @@ from kalman_conversion.distil import (
     soft_divergence,
 )
 from kalman_conversion.heal import heal_rls
-from kalman_conversion.trainer import TokenWindows, complete_checkpoint
+from kalman_conversion.trainer import HealingTrainer, TokenWindows, complete_checkpoint
 
 FAST = Training(learning_rate=3e-3, batch_size=4, warmup_steps=2, save_every=1000, progress=False)
 
@@ -73,6 +73,7 @@ def divergence(student, teacher, windows):
         ({}, "mixers"),
         ({"logits_weight": 0.0, "hidden_weight": 1.0}, "mixers"),
         ({"hidden_weight": 0.5, "top_k": 20, "temperature": 2.0}, "all"),
+        ({"text_weight": 0.1}, "mixers"),
     ],
 )
 def test_distillation_brings_the_student_to_its_teacher(tmp_path, weights, trained):
@@ -103,13 +104,29 @@ def test_loss_of_the_trainer_is_the_sum_it_says(tmp_path):
         logits_weight=0.25,
         hidden_weight=2.0,
         temperature=1.5,
+        text_weight=0.5,
     )
     found = trainer.compute_loss(student, {"input_ids": ids})
     ours, theirs = (m(ids, output_hidden_states=True) for m in (student, source))
     hidden = (ours.hidden_states[-1] - theirs.hidden_states[-1]).square().sum()
     wanted = 0.25 * expected(ours.logits, theirs.logits, 1.5, None)
     wanted = wanted + 2.0 * hidden / theirs.hidden_states[-1].square().sum()
+    wanted = wanted + 0.5 * student(ids, labels=ids).loss
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_rates_of_mixers_and_of_their_small_parameters(tmp_path):
+    _, student = pair()
+    training = FAST._replace(small_factor=5.0, mixer_factor=2.0)
+    arguments = training.arguments(tmp_path, student.device, {})
+    factors = {"small_factor": training.small_factor, "mixer_factor": training.mixer_factor}
+    optimizer = HealingTrainer(student, arguments, **factors).create_optimizer()
+    rates = {id(p): group["lr"] / training.learning_rate for group in optimizer.param_groups for p in group["params"]}
+    found = {name: round(rates[id(parameter)], 6) for name, parameter in student.named_parameters()}
+    mixer = "model.layers.1.mixer."
+    assert found[mixer + "decay_bias.A_log"] == found[mixer + "q_conv1d.weight"] == 5.0
+    assert found[mixer + "q_proj.weight"] == 2.0
+    assert found["model.layers.0.self_attn.q_proj.weight"] == found["model.embed_tokens.weight"] == 1.0
 
 
 def test_frozen_weights_are_held_once(tmp_path):
@@ -219,7 +236,7 @@ def test_end_to_end_stages_refuse(tmp_path):
     ids, options = tokens(4, 8), {"work": tmp_path, "training": FAST}
     with pytest.raises(ValueError, match="`trained` must be one of .*'lora'"):
         heal_distil(student, source, ids, trained="lora", **options)
-    with pytest.raises(ValueError, match="not both 0, got 0.0 and 0.0"):
+    with pytest.raises(ValueError, match=r"the first two not both 0, got \(0.0, 0.0, 0.0\)"):
         heal_distil(student, source, ids, logits_weight=0.0, **options)
     with pytest.raises(ValueError, match="`top_k` must be from 1 to 60"):
         heal_distil(student, source, ids, top_k=61, **options)
