@@ -24,9 +24,11 @@ from torch import Tensor
 
 __all__ = [
     "STRUCTURES",
+    "ColumnBlockCovariance",
     "Covariance",
     "DiagonalCovariance",
     "FullCovariance",
+    "KroneckerCovariance",
     "LowRankCovariance",
     "RowBlockCovariance",
 ]
@@ -120,7 +122,8 @@ class Covariance(ABC):
                 f"{tuple(gradient.shape)}."
             )
         if self.factors:
-            self._update(torch.cat(self.factors))
+            if len(rows := torch.cat(self.factors)):
+                self._update(rows)
             self.factors = []
         return self.times(gradient.detach().to(**self.options))
 
@@ -230,6 +233,34 @@ class RowBlockCovariance(Covariance):
         return {"covariance": self.covariance}
 
 
+class ColumnBlockCovariance(RowBlockCovariance):
+    """Entries of a column with one another: columns x rows^2 numbers.
+
+    It is to a LoRA A (rows = rank) what `RowBlockCovariance` is to a B.
+
+    Raises:
+        ValueError: the parameter has fewer than two dimensions.
+    """
+
+    def __init__(self, shape, variance: float, **options) -> None:
+        if len(shape) < 2:
+            raise ValueError(f"ColumnBlockCovariance: `shape` must have at least 2 dimensions, got {tuple(shape)}.")
+        super().__init__((math.prod(shape[1:]), shape[0]), variance, **options)
+        self.shape = torch.Size(shape)
+
+    def _update(self, factor: Tensor) -> None:
+        super()._update(factor.flatten(2).mT)
+
+    def times(self, vector: Tensor) -> Tensor:
+        """See `Covariance.times`."""
+        columns = vector.flatten(1).T
+        return (self.covariance @ columns[..., None])[..., 0].T.reshape(self.shape)
+
+    def variances(self) -> Tensor:
+        """See `Covariance.variances`."""
+        return self.covariance.diagonal(dim1=-2, dim2=-1).T.reshape(self.shape)
+
+
 class DiagonalCovariance(Covariance):
     """Every entry on its own: n numbers. Kept as precision, which only ever grows in an update.
 
@@ -258,6 +289,81 @@ class DiagonalCovariance(Covariance):
     def state(self) -> dict[str, Tensor]:
         """See `Covariance.state`."""
         return {"precision": self.precision}
+
+
+class KroneckerCovariance(Covariance):
+    r"""Entries on their own in a basis that is a Kronecker product: rows^2 + columns^2 + rows x columns numbers.
+
+        precision   Lambda = (U kron V) diag(D) (U kron V)^T       U (rows, rows), V (columns, columns), D > 0
+        predict     1/D <- a / D + b                               exact, as the basis stays
+        update      D <- D + sum_k (U^T Q_k V)^2                   the diagonal of Q^T Q in this basis
+        refresh     U, V <- eigenvectors of sum Q Q^T, sum Q^T Q;  D <- diagonal of Lambda in the new basis
+
+    Where the Fisher information is a Kronecker product its eigenvectors are this basis, and nothing is left out; for
+    one number for all entries the basis does not matter. D only grows in an update.
+    [eigenvalue-corrected Kronecker factors: George et al., arXiv 1806.03884; the filter on them is ours]
+
+    Args:
+        shape: see `Covariance`; all dimensions but the first are one.
+        variance: see `Covariance`.
+        refresh: updates between two changes of the basis, >= 1.
+        options: `device` and `dtype` of `Covariance`.
+
+    Raises:
+        ValueError: the parameter is a single number, or `refresh` is below 1.
+    """
+
+    def __init__(self, shape, variance: float, *, refresh: int = 50, **options) -> None:
+        super().__init__(shape, variance, **options)
+        if not self.shape:
+            raise ValueError("KroneckerCovariance: `shape` must have at least 1 dimension, got ().")
+        if refresh < 1:
+            raise ValueError(f"KroneckerCovariance: `refresh` must be at least 1, got {refresh!r}.")
+        self.refresh = refresh
+        rows, columns = self.shape[0], self.shape[1:].numel()
+        self.rows, self.columns = (torch.zeros(n, n, **self.options) for n in (rows, columns))
+        self.row_basis, self.column_basis = (torch.eye(n, **self.options) for n in (rows, columns))
+        self.precision = torch.full((rows, columns), 1 / variance, **self.options)
+        self.updates = torch.zeros((), dtype=self.options["dtype"])
+
+    def _predict(self, scale: float, shift: float) -> None:
+        self.precision.copy_(1 / (scale / self.precision + shift))
+        # What is forgotten of the precision is forgotten of the basis, too; a prior that returns forgets as much.
+        weight = 1 / scale if scale >= 1 else scale
+        self.rows.mul_(weight)
+        self.columns.mul_(weight)
+
+    def _update(self, factor: Tensor) -> None:
+        factor = factor.flatten(2) if factor.dim() > 2 else factor[..., None]
+        self.rows.add_((factor @ factor.mT).sum(0))
+        self.columns.add_((factor.mT @ factor).sum(0))
+        self.precision.add_((self.row_basis.T @ factor @ self.column_basis).square().sum(0))
+        self.updates += 1
+        if self.updates % self.refresh == 0:
+            self._change_basis()
+
+    def _change_basis(self) -> None:
+        turns = []
+        for basis, products in ((self.row_basis, self.rows), (self.column_basis, self.columns)):
+            new = torch.linalg.eigh(products)[1]
+            turns.append((new.T @ basis).square())
+            basis.copy_(new)
+        self.precision.copy_(turns[0] @ self.precision @ turns[1].T)
+
+    def times(self, vector: Tensor) -> Tensor:
+        """See `Covariance.times`."""
+        turned = self.row_basis.T @ vector.reshape(self.precision.shape) @ self.column_basis
+        return (self.row_basis @ (turned / self.precision) @ self.column_basis.T).view(self.shape)
+
+    def variances(self) -> Tensor:
+        """See `Covariance.variances`."""
+        inverse = 1 / self.precision
+        return (self.row_basis.square() @ inverse @ self.column_basis.square().T).view(self.shape)
+
+    def state(self) -> dict[str, Tensor]:
+        """See `Covariance.state`."""
+        names = ("rows", "columns", "row_basis", "column_basis", "precision", "updates")
+        return {name: getattr(self, name) for name in names}
 
 
 class LowRankCovariance(Covariance):
@@ -354,6 +460,8 @@ def _joseph(covariance: Tensor, factor: Tensor) -> Tensor:
 STRUCTURES: dict[str, type[Covariance]] = {
     "diagonal": DiagonalCovariance,
     "row_block": RowBlockCovariance,
+    "column_block": ColumnBlockCovariance,
+    "kronecker": KroneckerCovariance,
     "low_rank": LowRankCovariance,
     "full": FullCovariance,
 }

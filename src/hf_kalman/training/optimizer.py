@@ -17,7 +17,9 @@ from .covariance import STRUCTURES, Covariance
 __all__ = ["KalmanOptimizer", "sampled_label_loss"]
 
 
-def sampled_label_loss(logits: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def sampled_label_loss(
+    logits: Tensor, labels: Tensor, generator: torch.Generator | None = None, uniforms: Tensor | None = None
+) -> Tensor:
     r"""Summed cross-entropy at labels drawn from the model's own distribution: its gradient is a Fisher factor.
 
         y~_t ~ Cat(softmax(z_t)),   L~ = sum_t -log softmax(z_t)[y~_t]
@@ -31,12 +33,15 @@ def sampled_label_loss(logits: Tensor, labels: Tensor, generator: torch.Generato
         logits: (..., V); shifted already where the model predicts the next token.
         labels: (...) int64; only where they are not -100 a label is drawn.
         generator: for the draws; torch's own when None.
+        uniforms: (N,) numbers in [0, 1), one for each label that is not -100, which say where in the cumulated
+            distribution a label is drawn; instead of a generator.
 
     Returns:
         Scalar, in at least float32.
 
     Raises:
-        ValueError: `labels` do not have the shape of `logits` without its last dimension.
+        ValueError: `labels` do not have the shape of `logits` without its last dimension, or `uniforms` are not as many
+            as the labels.
     """
     if labels.shape != logits.shape[:-1]:
         raise ValueError(
@@ -44,7 +49,17 @@ def sampled_label_loss(logits: Tensor, labels: Tensor, generator: torch.Generato
         )
     kept = logits[labels != -100]
     logs = widen(kept).log_softmax(-1)
-    drawn = torch.multinomial(logs.detach().exp(), 1, generator=generator) if len(logs) else labels.new_zeros(0, 1)
+    p = logs.detach().exp()
+    if uniforms is not None:
+        if uniforms.shape != logs.shape[:1]:
+            raise ValueError(
+                f"sampled_label_loss: `uniforms` must have shape ({len(logs)},), got {tuple(uniforms.shape)}."
+            )
+        cumulated = p.cumsum(-1)
+        # Rounding may leave the sum below 1; the last label is the end in any case.
+        drawn = torch.searchsorted(cumulated, uniforms[:, None] * cumulated[:, -1:]).clamp(max=p.shape[-1] - 1)
+    else:
+        drawn = torch.multinomial(p, 1, generator=generator) if len(logs) else labels.new_zeros(0, 1)
     return -logs.gather(-1, drawn).sum()
 
 
@@ -69,7 +84,8 @@ class KalmanOptimizer(torch.optim.Optimizer):
     Args:
         params: parameters or groups; a group may have its own value of every argument below.
         variance: P_0, prior variance of each entry, in squared units of the parameter; the argument that decides most.
-        structure: "diagonal", "row_block", "low_rank" or "full".
+        structure: one of `STRUCTURES`, or "block": "row_block" or "column_block", whichever has the smaller blocks, for
+            each tensor; vectors are then diagonal.
         rank: of "low_rank".
         process_noise: see `Covariance.predict`; stationary steps are RMSprop's with learning rate sqrt(process_noise).
         forgetting: see `Covariance.predict`.
@@ -80,6 +96,8 @@ class KalmanOptimizer(torch.optim.Optimizer):
             "diagonal": with correlations it removes the variance along the surprise.
         gradient_scale: observations behind a mean loss, 1 for a summed one.
         lr: factor on the step, 1 for the filter's own; what learning-rate schedules change.
+
+    `step_length` is the Mahalanobis length sqrt(step^T P^{-1} step) of the last step over all tensors.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -115,6 +133,7 @@ class KalmanOptimizer(torch.optim.Optimizer):
             "lr": lr,
         }
         self.beliefs: dict[Tensor, Covariance] = {}
+        self.step_length = torch.zeros(())
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -130,8 +149,12 @@ class KalmanOptimizer(torch.optim.Optimizer):
             raise
 
     def _begin(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        options = {"rank": group["rank"]} if group["structure"] == "low_rank" else {}
-        belief = STRUCTURES[group["structure"]](parameter.shape, group["variance"], device=parameter.device, **options)
+        name = group["structure"]
+        options = {"rank": group["rank"]} if name == "low_rank" else {}
+        if name == "block":
+            rows, columns = parameter.shape[:1].numel(), parameter.shape[1:].numel()
+            name = "diagonal" if parameter.dim() < 2 else "row_block" if columns <= rows else "column_block"
+        belief = STRUCTURES[name](parameter.shape, group["variance"], device=parameter.device, **options)
         self.beliefs[parameter] = belief
         # The same tensors: what the filter changes is what `state_dict` saves. A narrow parameter has a wide mean.
         self.state[parameter] = {**belief.state(), "steps": torch.zeros(())}
@@ -158,6 +181,7 @@ class KalmanOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        squares = []
         for group in self.param_groups:
             moving = [p for p in group["params"] if p.grad is not None]
             if group["fisher"] == "sampled" and any(not self.beliefs[p].factors for p in moving):
@@ -166,11 +190,13 @@ class KalmanOptimizer(torch.optim.Optimizer):
                     "sampled_label_loss(logits, labels).backward(retain_graph=True) and accumulate_fisher() before the "
                     "loss's own backward, or use fisher='empirical' with structure='diagonal'."
                 )
-            for parameter in moving:
-                self._filter(parameter, group)
+            squares += [self._filter(parameter, group) for parameter in moving]
+        if squares:
+            self.step_length = torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
         return loss
 
-    def _filter(self, parameter: Tensor, group: dict[str, Any]) -> None:
+    def _filter(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
+        """The squared Mahalanobis length of the step that was taken, for `lr` 1."""
         belief, state = self.beliefs[parameter], self.state[parameter]
         gradient = -group["gradient_scale"] * parameter.grad.to(torch.float32)  # pyright: ignore
         belief.predict(group["process_noise"], group["forgetting"], group["decay"])
@@ -179,15 +205,17 @@ class KalmanOptimizer(torch.optim.Optimizer):
         belief.factors = [factor / math.sqrt(group["temper"]) for factor in belief.factors]
         gradient = gradient / group["temper"]
         step = belief.update(gradient)
+        # (P g)^T P^{-1} (P g) = g^T P g.
+        square = (gradient * step).sum().clamp(min=torch.finfo(torch.float32).tiny)
         if group["max_step"] is not None:
-            # (P g)^T P^{-1} (P g) = g^T P g.
-            length = (gradient * step).sum().clamp(min=torch.finfo(torch.float32).tiny).sqrt()
-            step = step * (group["max_step"] / length).clamp(max=1)
+            cut = (group["max_step"] / square.sqrt()).clamp(max=1)
+            step, square = step * cut, square * cut**2
         mean = state.get("mean", parameter)
         mean.add_(step, alpha=group["lr"])
         if mean is not parameter:
             parameter.copy_(mean)
         state["steps"] += 1
+        return square
 
     def variances(self) -> dict[Tensor, Tensor]:
         """{parameter: posterior variance of its entries}."""
@@ -220,10 +248,9 @@ class KalmanOptimizer(torch.optim.Optimizer):
 
 
 def _check(group: dict[str, Any]) -> None:
-    if group["structure"] not in STRUCTURES:
-        raise ValueError(
-            f"KalmanOptimizer: `structure` must be one of {tuple(STRUCTURES)}, got {group['structure']!r}."
-        )
+    structures = (*STRUCTURES, "block")
+    if group["structure"] not in structures:
+        raise ValueError(f"KalmanOptimizer: `structure` must be one of {structures}, got {group['structure']!r}.")
     if group["fisher"] not in ("sampled", "empirical"):
         raise ValueError(f"KalmanOptimizer: `fisher` must be 'sampled' or 'empirical', got {group['fisher']!r}.")
     if group["fisher"] == "empirical" and group["structure"] != "diagonal":
