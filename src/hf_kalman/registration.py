@@ -34,6 +34,7 @@ from .kla.modeling_kla import (
     KLAForTokenClassification,
     KLAModel,
 )
+from .training.world_model import KalmanWorldModel, KalmanWorldModelConfig
 
 __all__ = ["ARCHITECTURES", "register"]
 
@@ -53,6 +54,7 @@ ARCHITECTURES = {
         AutoModelForQuestionAnswering: KLAForQuestionAnswering,
     },
     HybridQwen3Config: {AutoModel: HybridQwen3Model, AutoModelForCausalLM: HybridQwen3ForCausalLM},
+    KalmanWorldModelConfig: {AutoModel: KalmanWorldModel},
 }
 # Attention layers, GKA mixers and MLPs name their projections alike.
 _LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "g_proj", "gate_proj", "up_proj", "down_proj"]

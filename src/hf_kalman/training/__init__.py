@@ -11,7 +11,9 @@ from .covariance import (
     LowRankCovariance,
     RowBlockCovariance,
 )
+from .innovation import InnovationReport, InnovationTuner
 from .optimizer import KalmanOptimizer, sampled_label_loss
+from .world_model import KalmanWorldModel, KalmanWorldModelConfig, KalmanWorldModelOutput, WorldModelReport
 
 __all__ = [
     "STRUCTURES",
@@ -20,11 +22,17 @@ __all__ = [
     "DiagonalCovariance",
     "DriftDetector",
     "FullCovariance",
+    "InnovationReport",
+    "InnovationTuner",
     "KalmanCallback",
     "KalmanOptimizer",
+    "KalmanWorldModel",
+    "KalmanWorldModelConfig",
+    "KalmanWorldModelOutput",
     "KroneckerCovariance",
     "LowRankCovariance",
     "RowBlockCovariance",
+    "WorldModelReport",
     "log_loss_innovation",
     "sampled_label_loss",
 ]

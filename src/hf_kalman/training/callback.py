@@ -193,7 +193,8 @@ class KalmanCallback(TrainerCallback):
         self.bound = None if gate is None else torch.special.ndtri(torch.tensor((1 + gate) / 2).double()).item() ** 2
         self.overrides, self.schedule = dict(overrides or {}), schedule
         self.optimizer: KalmanOptimizer | None = None
-        self.drift, self.alarms, self.sums = DriftDetector(), 0, dict.fromkeys(("loss", "nis", "length", "temper"), 0.0)
+        self.drift, self.alarms = DriftDetector(), 0
+        self.sums: dict[str, float] = dict.fromkeys(("loss", "nis", "length", "temper"), 0.0)
         self.count, self.labels, self.steps = 0, 0, 0
         self.drift_alarm = False
 

@@ -107,6 +107,27 @@ class Covariance(ABC):
         self.factors.append(factor.detach().to(**self.options))
 
     @torch.no_grad()
+    def observe(self, left: Tensor, right: Tensor) -> None:
+        """Take in at once the rows left_k right_k^T of a Fisher factor of a matrix: one observation each.
+
+        Args:
+            left: (k, rows), any float dtype.
+            right: (k, columns).
+
+        Raises:
+            ValueError: other shapes.
+        """
+        if len(self.shape) != 2 or (left.shape[1:], right.shape[1:]) != (self.shape[:1], self.shape[1:]):
+            raise ValueError(
+                f"{type(self).__name__}.observe: `left` and `right` must be rows of the two sides of "
+                f"{tuple(self.shape)}, got {tuple(left.shape)} and {tuple(right.shape)}."
+            )
+        self._observe(left.detach().to(**self.options), right.detach().to(**self.options))
+
+    def _observe(self, left: Tensor, right: Tensor) -> None:
+        self._update(left[:, :, None] * right[:, None, :])
+
+    @torch.no_grad()
     def update(self, gradient: Tensor) -> Tensor:
         """Take in what was accumulated; the step P g, in the state's dtype.
 
@@ -278,6 +299,9 @@ class DiagonalCovariance(Covariance):
     def _update(self, factor: Tensor) -> None:
         self.precision.add_(factor.square().sum(0))
 
+    def _observe(self, left: Tensor, right: Tensor) -> None:
+        self.precision.add_(left.square().T @ right.square())
+
     def times(self, vector: Tensor) -> Tensor:
         """See `Covariance.times`."""
         return vector / self.precision
@@ -338,11 +362,18 @@ class KroneckerCovariance(Covariance):
         self.rows.add_((factor @ factor.mT).sum(0))
         self.columns.add_((factor.mT @ factor).sum(0))
         self.precision.add_((self.row_basis.T @ factor @ self.column_basis).square().sum(0))
-        self.updates += 1
-        if self.updates % self.refresh == 0:
-            self._change_basis()
+        self._change_basis()
+
+    def _observe(self, left: Tensor, right: Tensor) -> None:
+        self.rows.add_(left.T @ (left * right.square().sum(1, keepdim=True)))
+        self.columns.add_(right.T @ (right * left.square().sum(1, keepdim=True)))
+        self.precision.add_((left @ self.row_basis).square().T @ (right @ self.column_basis).square())
+        self._change_basis()
 
     def _change_basis(self) -> None:
+        self.updates += 1
+        if self.updates % self.refresh:
+            return
         turns = []
         for basis, products in ((self.row_basis, self.rows), (self.column_basis, self.columns)):
             new = torch.linalg.eigh(products)[1]

@@ -1,0 +1,334 @@
+"""Single-pass adaptation of SmolLM2-135M with LoRA through domains: Kalman against tuned gradient methods.
+
+    python benchmarks/kalman_streaming.py MODEL --corpus FOLDER
+
+FOLDER holds shakespeare.txt.gz, wikipedia_articles.txt.gz and brown.txt.gz. The stream is Shakespeare, Wikipedia,
+Brown, and Shakespeare again (further on), each token predicted before it is learned from, every method in the stock
+Trainer with the same adapters. A method's one hyper-parameter (learning rate; prior variance) is the best of a grid on
+streams from the first third of every text; what is reported are other streams, from the rest, one for each seed.
+
+Besides: a map of the Kalman filter's loss over prior variance and noise (`--map`).
+"""
+
+import argparse
+import functools
+import gzip
+import itertools
+import json
+import math
+import multiprocessing
+import random
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from healing_text import clean
+from record import RESULTS, environment, write
+from torch.utils.data import IterableDataset
+
+DOMAINS = {"shakespeare": "shakespeare.txt.gz", "wikipedia": "wikipedia_articles.txt.gz", "brown": "brown.txt.gz"}
+ORDER = ("shakespeare", "wikipedia", "brown", "shakespeare")
+WINDOW, HELD_OUT = 512, 12
+# Windows of a segment, for each batch size.
+SEGMENT = {1: 40, 8: 128}
+RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+VARIANCES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+GRIDS = {
+    "frozen": (0.0,),
+    "sgd": (1e-2, 3e-2, 1e-1, 3e-1, 1.0),
+    "adamw": RATES,
+    "rmsprop": RATES,
+    "kalman diagonal": VARIANCES,
+    "kalman block": VARIANCES,
+    "kalman low_rank": VARIANCES,
+}
+MAP = tuple(
+    itertools.product(
+        (1e-5, 1e-4, 1e-3, 1e-2),
+        ({}, {"decay": 1e-2}, {"decay": 1e-1}, {"process_noise": 1e-8}, {"process_noise": 1e-6}, {"forgetting": 0.99}),
+    )
+)
+
+
+def texts(folder, tokenizer, count):
+    """{domain: (windows (N, WINDOW), bytes of each)}, in the text's own order; `count` of them at most."""
+    found = {}
+    for name, file in DOMAINS.items():
+        with gzip.open(Path(folder) / file, "rt", encoding="utf-8") as handle:
+            text = clean(handle.read(9 * count * WINDOW))
+        ids = tokenizer(text, verbose=False)["input_ids"]
+        windows = torch.tensor(ids[: len(ids) // WINDOW * WINDOW]).view(-1, WINDOW)[:count]
+        # What a window is scored on: all but its first token.
+        sizes = [len(tokenizer.decode(row[1:]).encode()) for row in windows]
+        found[name] = (windows, torch.tensor(sizes))
+    return found
+
+
+def stream(domains, seed, segment, search):
+    """[(domain, window, bytes)]: contiguous windows of each segment, from a place that the seed says."""
+    generator, found, after = random.Random(f"{seed} {search}"), [], {}
+    for name in ORDER:
+        windows, sizes = domains[name]
+        usable = len(windows) - HELD_OUT
+        low, high = (0, usable // 3) if search else (usable // 3, usable)
+        need = ORDER.count(name) * segment
+        start = after.get(name, generator.randint(low, high - need))
+        after[name] = start + segment
+        found += [(name, windows[i], int(sizes[i])) for i in range(start, start + segment)]
+    return found
+
+
+class Rows(IterableDataset):
+    def __init__(self, windows):
+        self.windows = windows
+
+    def __iter__(self):
+        return iter({"input_ids": window, "labels": window} for window in self.windows)
+
+
+def adapted(model, seed):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear"))
+
+
+def run(model, windows, batch, method, value, seed, more=None):
+    """Losses (nats per token) of every batch before it was learned from; the adapted model."""
+    from transformers import Trainer, TrainingArguments
+
+    from hf_kalman.training import KalmanCallback
+
+    kalman = method.startswith("kalman")
+    peft_model = adapted(model, seed)
+    trained = [p for p in peft_model.parameters() if p.requires_grad]
+    callbacks, optimizers = [], (None, None)
+    if kalman:
+        callbacks = [KalmanCallback(value, structure=method.split()[1], **(more or {}))]
+    else:
+        optimizer = {
+            "frozen": lambda: torch.optim.SGD(trained, lr=0.0),
+            "sgd": lambda: torch.optim.SGD(trained, lr=value),
+            "adamw": lambda: torch.optim.AdamW(trained, lr=value, weight_decay=0.0),
+            "rmsprop": lambda: torch.optim.RMSprop(trained, lr=value),
+        }[method]()
+        optimizers = (optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0))
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder,
+            per_device_train_batch_size=batch,
+            max_steps=len(windows) // batch,
+            max_grad_norm=0.0 if kalman or method == "frozen" else 1.0,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            seed=seed,
+            bf16=model.device.type == "cuda",
+            use_cpu=model.device.type == "cpu",
+            dataloader_pin_memory=False,
+            accelerator_config={"dispatch_batches": False},
+        )
+        trainer = Trainer(
+            peft_model, arguments, train_dataset=Rows(windows), callbacks=callbacks, optimizers=optimizers
+        )
+        from transformers.trainer_callback import PrinterCallback
+
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    alarms = [e["step"] for a, e in itertools.pairwise(trainer.state.log_history) if _alarms(e) > _alarms(a)]
+    trainer.accelerator.unwrap_model(peft_model, keep_fp32_wrapper=False)
+    return losses, alarms, peft_model
+
+
+def _alarms(entry):
+    return entry.get("kalman_drift_alarms", 0)
+
+
+@torch.no_grad()
+def held_out(model, domains):
+    """Bits per byte on the last windows of each domain, which no stream holds."""
+    from hf_kalman.training.optimizer import widen
+
+    model.eval()
+    found = {}
+    for name, (windows, sizes) in domains.items():
+        ids = windows[-HELD_OUT:].to(model.device)
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+            logits = torch.cat([model(input_ids=part).logits for part in ids.split(4)])
+        nats = torch.nn.functional.cross_entropy(
+            widen(logits[:, :-1]).flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
+        )
+        found[name] = nats.item() / math.log(2) / int(sizes[-HELD_OUT:].sum())
+    return found
+
+
+def recovery(losses, segment, tokens):
+    """Tokens after each switch until the loss is within 2 % of the median of the segment's second half."""
+    found = []
+    for start in range(segment, len(losses), segment):
+        part = losses[start : start + segment]
+        level = 1.02 * statistics.median(part[segment // 2 :])
+        smooth = [sum(part[max(0, i - 2) : i + 1]) / len(part[max(0, i - 2) : i + 1]) for i in range(len(part))]
+        found.append(next((i for i, value in enumerate(smooth) if value <= level), segment) * tokens)
+    return found
+
+
+WORKER = {}
+
+
+def start(model, corpus, devices, counter):
+    from transformers import AutoTokenizer
+
+    from kalman_conversion import load_model
+
+    with counter.get_lock():
+        number, counter.value = counter.value, counter.value + 1
+    device = f"cuda:{number % devices}" if devices else "cpu"
+    if devices:
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    WORKER["domains"] = texts(corpus, tokenizer, WORKER_WINDOWS)
+    WORKER["model"] = load_model(model, torch.float32, device)
+
+
+# Enough for two segments of the largest kind in the first third.
+WORKER_WINDOWS = 3 * 2 * max(SEGMENT.values()) + 3 * 64 + HELD_OUT
+
+
+def job(task):
+    """One run as figures."""
+    batch, method, value, seed, search, more, segment = task
+    started = time.perf_counter()
+    model, domains = WORKER["model"], WORKER["domains"]
+    rows = stream(domains, seed, segment, search)
+    losses, alarms, adapted_model = run(model, [w for _, w, _ in rows], batch, method, value, seed, more)
+    nats = [loss * batch * (WINDOW - 1) for loss in losses]
+    sizes = [sum(s for _, _, s in rows[i : i + batch]) for i in range(0, len(rows), batch)]
+    per = segment // batch
+    bits = [
+        sum(nats[i * per : (i + 1) * per]) / math.log(2) / sum(sizes[i * per : (i + 1) * per])
+        for i in range(len(ORDER))
+    ]
+    result = {
+        "batch": batch,
+        "method": method,
+        "value": value,
+        "seed": seed,
+        "search": search,
+        **({"more": more} if more else {}),
+        "bits_per_byte": sum(nats) / math.log(2) / sum(sizes) if all(map(math.isfinite, nats)) else None,
+        "segments": bits,
+        "recovery_tokens": recovery(losses, per, batch * WINDOW),
+        "alarms_at_steps": alarms,
+    }
+    if not search:
+        result["held_out"] = held_out(adapted_model, domains)
+    adapted_model.unload()
+    print(
+        json.dumps({k: result[k] for k in ("batch", "method", "value", "seed", "search", "bits_per_byte")}),
+        round(time.perf_counter() - started, 1),
+        flush=True,
+    )
+    return result
+
+
+def best_of(rows):
+    usable = [row for row in rows if row["bits_per_byte"] is not None]
+    return min(usable, key=lambda row: row["bits_per_byte"])["value"]
+
+
+def summary(rows):
+    """Mean and standard deviation over seeds, by method."""
+    found = []
+    for batch, method in dict.fromkeys((row["batch"], row["method"]) for row in rows):
+        own = [row for row in rows if (row["batch"], row["method"]) == (batch, method)]
+        values = [row["bits_per_byte"] for row in own]
+        mean = functools.partial(map, statistics.mean)
+        row = {
+            "batch": batch,
+            "method": method,
+            "value": own[0]["value"],
+            "seeds": len(own),
+            "bits_per_byte": statistics.mean(values),
+            "deviation": statistics.stdev(values) if len(values) > 1 else 0.0,
+            "segments": list(mean(zip(*(r["segments"] for r in own), strict=True))),
+            "recovery_tokens": list(mean(zip(*(r["recovery_tokens"] for r in own), strict=True))),
+            "held_out": {n: statistics.mean(r["held_out"][n] for r in own) for n in own[0]["held_out"]},
+        }
+        found.append({**row, **({"more": own[0]["more"]} if "more" in own[0] else {})})
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--corpus", required=True)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--methods", nargs="+", default=list(GRIDS))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--segment", type=int, help="windows of a segment, for a short run")
+    parser.add_argument("--map", action="store_true", help="only the map over variance and noise")
+    parser.add_argument("--limit", type=float, default=1e9, help="seconds after which nothing new is begun")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    devices, context = torch.cuda.device_count(), multiprocessing.get_context("spawn")
+    counter, started = context.Value("i", 0), time.perf_counter()
+    result = {
+        "model": "SmolLM2-135M-Instruct (de-quantised Q4_1), LoRA of rank 8 on all linear layers",
+        "environment": environment("cuda" if devices else "cpu"),
+        "order": ORDER,
+        "window": WINDOW,
+        "segments": {b: options.segment or SEGMENT[b] for b in options.batches},
+    }
+    with context.Pool(options.jobs, start, (options.model, options.corpus, devices, counter)) as pool:
+
+        def rows(tasks):
+            found = []
+            for row in pool.imap_unordered(job, tasks):
+                found.append(row)
+                if time.perf_counter() - started > options.limit:
+                    break
+            return found
+
+        def length(batch):
+            return options.segment or SEGMENT[batch]
+
+        if options.map:
+            tasks = [(1, "kalman diagonal", v, 0, True, m, length(1)) for v, m in MAP]
+            result["rows"] = rows(tasks)
+            write("kalman_map", result, options.output)
+            return
+        # The slowest first, for the processes to end together.
+        order = sorted(options.methods, key=lambda m: "low_rank" not in m)
+        result["search"] = rows(
+            [(b, m, v, 0, True, None, length(b)) for b in options.batches for m in order for v in GRIDS[m]]
+        )
+        chosen = {
+            (b, m): best_of([r for r in result["search"] if (r["batch"], r["method"]) == (b, m)])
+            for b in options.batches
+            for m in options.methods
+        }
+        write("kalman_streaming", result, options.output)
+        result["runs"] = rows(
+            [
+                (b, m, chosen[b, m], s, False, None, length(b))
+                for b in options.batches
+                for m in order
+                for s in range(1, options.seeds + 1)
+            ]
+        )
+        result["summary"] = summary(result["runs"])
+        write("kalman_streaming", result, options.output)
+    for row in result["summary"]:
+        print(json.dumps({k: row[k] for k in ("batch", "method", "value", "bits_per_byte", "deviation")}))
+
+
+if __name__ == "__main__":
+    main()
