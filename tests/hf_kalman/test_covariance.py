@@ -41,12 +41,18 @@ def projected(name, information):
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
-def test_predict_and_update_are_the_dense_ones(name):
+@pytest.mark.parametrize("own", [False, True])
+def test_predict_and_update_are_the_dense_ones(name, own):
+    """From one prior variance, and from one of each entry's own."""
     torch.manual_seed(0)
-    belief, expected = of(name), 0.5 * torch.eye(12, **WIDE)
+    belief, prior = of(name), 0.5 * torch.eye(12, **WIDE)
+    if own:
+        prior = torch.diag(torch.rand(12, **WIDE) + 0.1)
+        belief.restart(prior.diagonal().view(SHAPE))
+    expected = prior
     for step in range(4):
         noise, forgetting, decay = 0.01 * step, 1 - 0.1 * step, 0.2 * step
-        expected = ((1 - decay) * expected + decay * 0.5 * torch.eye(12, **WIDE)) / forgetting
+        expected = ((1 - decay) * expected + decay * prior) / forgetting
         expected += noise * torch.eye(12, **WIDE)
         belief.predict(noise, forgetting, decay)
         torch.testing.assert_close(dense(belief), expected, rtol=1e-10, atol=1e-12)
@@ -234,12 +240,14 @@ def test_saved_state_continues_bit_for_bit(name):
 
     def run(belief, steps):
         for step in steps:
-            belief.predict(1e-3, 0.99)
+            belief.predict(1e-3, 0.99, 0.1)
             belief.accumulate(factors[step])
             moved = belief.update(gradients[step])
         return moved
 
     whole, first = of(name, dtype=torch.float32), of(name, dtype=torch.float32)
+    for belief in (whole, first):
+        belief.restart(torch.linspace(0.1, 0.5, 12).view(SHAPE))
     expected = run(whole, range(6))
     run(first, range(3))
     first.accumulate(factors[3, :1])
@@ -275,6 +283,7 @@ def test_states_are_wide_whatever_comes_in(dtype):
         (lambda: of("full").predict(process_noise=-1.0), "`process_noise` is out of its range, got -1.0"),
         (lambda: of("full").predict(forgetting=0.0), "`forgetting` is out of its range, got 0.0"),
         (lambda: of("full").predict(decay=1.5), "`decay` is out of its range, got 1.5"),
+        (lambda: of("full").restart(torch.ones(4, 3)), "`variance` must have shape \\(3, 4\\), got \\(4, 3\\)"),
         (lambda: of("full").accumulate(torch.zeros(2, 4, 3)), "`factor` must have shape \\(k, 3, 4\\)"),
         (lambda: of("full").update(torch.zeros(4, 3)), "`gradient` must have shape \\(3, 4\\)"),
     ],

@@ -130,6 +130,7 @@ class KalmanCallback(TrainerCallback):
 
     Args:
         variance: see `KalmanOptimizer`; the argument that decides most.
+        prior_steps: see `KalmanOptimizer`.
         structure: see `KalmanOptimizer`.
         rank: see `KalmanOptimizer`.
         process_noise: see `KalmanOptimizer`.
@@ -154,8 +155,9 @@ class KalmanCallback(TrainerCallback):
 
     def __init__(
         self,
-        variance: float = 1e-4,
+        variance: float | None = 1e-4,
         *,
+        prior_steps: int = 8,
         structure: str = "diagonal",
         rank: int = 10,
         process_noise: float = 0.0,
@@ -179,6 +181,7 @@ class KalmanCallback(TrainerCallback):
                 raise ValueError(f"KalmanCallback: `{name}` must be {wanted}, got {value!r}.")
         self.options = {
             "variance": variance,
+            "prior_steps": prior_steps,
             "structure": structure,
             "rank": rank,
             "process_noise": process_noise,
@@ -352,7 +355,7 @@ class KalmanCallback(TrainerCallback):
         assert self.optimizer is not None
         beliefs = list(self.optimizer.beliefs.values())
         variances = [belief.variances() for belief in beliefs]
-        prior = sum(belief.prior_variance * belief.shape.numel() for belief in beliefs)
+        prior = sum(b.prior_variance * b.shape.numel() if b.prior is None else b.prior.sum().item() for b in beliefs)
         lowest, highest = (torch.stack([f(v) for v in variances]) for f in (torch.min, torch.max))
         steps = max(self.count, 1)
         figures = {

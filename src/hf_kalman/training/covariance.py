@@ -64,6 +64,7 @@ class Covariance(ABC):
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"{type(self).__name__}: `dtype` must be torch.float32 or torch.float64, got {dtype}.")
         self.shape, self.prior_variance = torch.Size(shape), variance
+        self.prior: Tensor | None = None
         self.options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.factors: list[Tensor] = []
 
@@ -86,9 +87,31 @@ class Covariance(ABC):
         ):
             if not fits:
                 raise ValueError(f"{type(self).__name__}.predict: `{name}` is out of its range, got {value!r}.")
-        scale, shift = (1 - decay) / forgetting, decay * self.prior_variance / forgetting + process_noise
+        scale = (1 - decay) / forgetting
+        if self.prior is not None and decay:
+            self._predict(scale, decay * self.prior / forgetting + process_noise)
+            return
+        shift = decay * self.prior_variance / forgetting + process_noise
         if (scale, shift) != (1.0, 0.0):
             self._predict(scale, shift)
+
+    @torch.no_grad()
+    def restart(self, variance: Tensor) -> None:
+        """Begin again at a diagonal prior with a variance of each entry's own.
+
+        Args:
+            variance: P_0 in the parameter's shape, > 0.
+
+        Raises:
+            ValueError: another shape.
+        """
+        if variance.shape != self.shape:
+            raise ValueError(
+                f"{type(self).__name__}.restart: `variance` must have shape {tuple(self.shape)}, got "
+                f"{tuple(variance.shape)}."
+            )
+        self.prior = variance.detach().to(**self.options).clone()
+        self._restart(self.prior)
 
     def accumulate(self, factor: Tensor) -> None:
         """Take in rows of a Fisher factor, of one observation or of many: they count at the next update.
@@ -149,8 +172,12 @@ class Covariance(ABC):
         return self.times(gradient.detach().to(**self.options))
 
     @abstractmethod
-    def _predict(self, scale: float, shift: float) -> None:
-        """P <- scale P + shift I."""
+    def _predict(self, scale: float, shift: float | Tensor) -> None:
+        """P <- scale P + shift I, or + diag(shift) for a shift of the parameter's shape."""
+
+    @abstractmethod
+    def _restart(self, variance: Tensor) -> None:
+        """P <- diag(variance) for a variance of the parameter's shape."""
 
     @abstractmethod
     def _update(self, factor: Tensor) -> None:
@@ -172,7 +199,8 @@ class Covariance(ABC):
         """A copy of the state, accumulated factors included."""
         own = {name: tensor.clone() for name, tensor in self.state().items()}
         pending = torch.cat(self.factors) if self.factors else torch.empty(0, *self.shape, **self.options)
-        return {**own, "factors": pending}
+        prior = {} if self.prior is None else {"prior": self.prior.clone()}
+        return {**own, **prior, "factors": pending}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue from a saved state, bit for bit.
@@ -181,7 +209,7 @@ class Covariance(ABC):
             ValueError: it is the state of another structure or shape.
         """
         own = self.state()
-        if state.keys() != {*own, "factors"} or any(state[n].shape != own[n].shape for n in own):
+        if state.keys() - {"prior"} != {*own, "factors"} or any(state[n].shape != own[n].shape for n in own):
             found = {name: tuple(tensor.shape) for name, tensor in state.items()}
             raise ValueError(
                 f"{type(self).__name__}.load_state_dict: `state` must hold "
@@ -189,6 +217,7 @@ class Covariance(ABC):
             )
         for name, tensor in own.items():
             tensor.copy_(state[name])
+        self.prior = state["prior"].to(**self.options).clone() if "prior" in state else None
         self.factors = [state["factors"].to(**self.options)] if len(state["factors"]) else []
 
 
@@ -199,8 +228,11 @@ class FullCovariance(Covariance):
         super().__init__(shape, variance, **options)
         self.covariance = variance * torch.eye(self.shape.numel(), **self.options)
 
-    def _predict(self, scale: float, shift: float) -> None:
-        self.covariance.mul_(scale).diagonal().add_(shift)
+    def _predict(self, scale: float, shift: float | Tensor) -> None:
+        self.covariance.mul_(scale).diagonal().add_(shift.flatten() if isinstance(shift, Tensor) else shift)
+
+    def _restart(self, variance: Tensor) -> None:
+        self.covariance.copy_(variance.flatten().diag())
 
     def _update(self, factor: Tensor) -> None:
         self.covariance.copy_(_joseph(self.covariance, factor.flatten(1)))
@@ -235,8 +267,16 @@ class RowBlockCovariance(Covariance):
         rows, width = self.shape[0], self.shape[1:].numel()
         self.covariance = (variance * torch.eye(width, **self.options)).repeat(rows, 1, 1)
 
-    def _predict(self, scale: float, shift: float) -> None:
-        self.covariance.mul_(scale).diagonal(dim1=-2, dim2=-1).add_(shift)
+    def _predict(self, scale: float, shift: float | Tensor) -> None:
+        own = self._blocks(shift) if isinstance(shift, Tensor) else shift
+        self.covariance.mul_(scale).diagonal(dim1=-2, dim2=-1).add_(own)
+
+    def _restart(self, variance: Tensor) -> None:
+        self.covariance.copy_(torch.diag_embed(self._blocks(variance)))
+
+    def _blocks(self, entries: Tensor) -> Tensor:
+        """Entries of a tensor of the parameter's shape, (blocks, entries of a block)."""
+        return entries.reshape(len(entries), -1)
 
     def _update(self, factor: Tensor) -> None:
         self.covariance.copy_(_joseph(self.covariance, factor.view(*factor.shape[:2], -1).transpose(0, 1)))
@@ -269,13 +309,15 @@ class ColumnBlockCovariance(RowBlockCovariance):
         super().__init__((math.prod(shape[1:]), shape[0]), variance, **options)
         self.shape = torch.Size(shape)
 
+    def _blocks(self, entries: Tensor) -> Tensor:
+        return entries.flatten(1).T
+
     def _update(self, factor: Tensor) -> None:
         super()._update(factor.flatten(2).mT)
 
     def times(self, vector: Tensor) -> Tensor:
         """See `Covariance.times`."""
-        columns = vector.flatten(1).T
-        return (self.covariance @ columns[..., None])[..., 0].T.reshape(self.shape)
+        return (self.covariance @ self._blocks(vector)[..., None])[..., 0].T.reshape(self.shape)
 
     def variances(self) -> Tensor:
         """See `Covariance.variances`."""
@@ -293,8 +335,11 @@ class DiagonalCovariance(Covariance):
         super().__init__(shape, variance, **options)
         self.precision = torch.full(self.shape, 1 / variance, **self.options)
 
-    def _predict(self, scale: float, shift: float) -> None:
+    def _predict(self, scale: float, shift: float | Tensor) -> None:
         self.precision.copy_(1 / (scale / self.precision + shift))
+
+    def _restart(self, variance: Tensor) -> None:
+        self.precision.copy_(1 / variance)
 
     def _update(self, factor: Tensor) -> None:
         self.precision.add_(factor.square().sum(0))
@@ -350,12 +395,22 @@ class KroneckerCovariance(Covariance):
         self.precision = torch.full((rows, columns), 1 / variance, **self.options)
         self.updates = torch.zeros((), dtype=self.options["dtype"])
 
-    def _predict(self, scale: float, shift: float) -> None:
+    def _predict(self, scale: float, shift: float | Tensor) -> None:
+        if isinstance(shift, Tensor):
+            # The diagonal of diag(shift) in this basis.
+            shift = self.row_basis.square().T @ shift.reshape(self.precision.shape) @ self.column_basis.square()
         self.precision.copy_(1 / (scale / self.precision + shift))
         # What is forgotten of the precision is forgotten of the basis, too; a prior that returns forgets as much.
         weight = 1 / scale if scale >= 1 else scale
         self.rows.mul_(weight)
         self.columns.mul_(weight)
+
+    def _restart(self, variance: Tensor) -> None:
+        for tensor in (self.rows, self.columns, self.updates):
+            tensor.zero_()
+        for basis in (self.row_basis, self.column_basis):
+            basis.copy_(torch.eye(len(basis), **self.options))
+        self.precision.copy_(1 / variance.reshape(self.precision.shape))
 
     def _update(self, factor: Tensor) -> None:
         factor = factor.flatten(2) if factor.dim() > 2 else factor[..., None]
@@ -426,9 +481,10 @@ class LowRankCovariance(Covariance):
         self.diagonal = torch.full((size,), 1 / variance, **self.options)
         self.factor = torch.zeros(size, min(rank, size), **self.options)
 
-    def _predict(self, scale: float, shift: float) -> None:
+    def _predict(self, scale: float, shift: float | Tensor) -> None:
+        shift = shift.flatten() if isinstance(shift, Tensor) else shift
         if scale == 0:  # All of it is the prior again.
-            self.diagonal.fill_(1 / shift)
+            self.diagonal.copy_(1 / torch.as_tensor(shift))
             self.factor.zero_()
             return
         wide, factor = self.diagonal / scale, self.factor / math.sqrt(scale)
@@ -436,9 +492,15 @@ class LowRankCovariance(Covariance):
         shrunk = (diagonal / wide)[:, None] * factor
         eye = torch.eye(factor.shape[1], **self.options)
         # (L L^T)^{-1} = L^{-T} L^{-1}: the factor of an inverse without the inverse.
-        lower = torch.linalg.cholesky(eye + shift * factor.T @ shrunk)
+        weighted = shift[:, None] * shrunk if isinstance(shift, Tensor) else shift * shrunk
+        lower = torch.linalg.cholesky(eye + factor.T @ weighted)
         self.factor.copy_(torch.linalg.solve_triangular(lower, shrunk.T, upper=False).T)
-        self.diagonal.copy_(diagonal.clamp(min=1 / (_CEILING * self.prior_variance)))
+        prior = self.prior_variance if self.prior is None else self.prior.flatten()
+        self.diagonal.copy_(torch.maximum(diagonal, 1 / (_CEILING * torch.as_tensor(prior))))
+
+    def _restart(self, variance: Tensor) -> None:
+        self.diagonal.copy_(1 / variance.flatten())
+        self.factor.zero_()
 
     def _update(self, factor: Tensor) -> None:
         wide = torch.cat([self.factor, factor.flatten(1).T], dim=1)

@@ -84,6 +84,11 @@ class KalmanOptimizer(torch.optim.Optimizer):
     Args:
         params: parameters or groups; a group may have its own value of every argument below.
         variance: P_0, prior variance of each entry, in squared units of the parameter; the argument that decides most.
+            None begins where the filter settles in the long run, at sqrt(process_noise / i): the information i of a
+            step is estimated by the first `prior_steps` Fisher factors, entry by entry as the product of its row's and
+            its column's share, and sqrt(process_noise) is then the only scale to choose. (It is what a learning rate of
+            RMSprop is, times sqrt(temper).)
+        prior_steps: steps with a factor in which the prior is estimated, where `variance` is None.
         structure: one of `STRUCTURES`, or "block": "row_block" or "column_block", whichever has the smaller blocks, for
             each tensor; vectors are then diagonal.
         rank: of "low_rank".
@@ -106,8 +111,9 @@ class KalmanOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         params,
-        variance: float = 1e-3,
+        variance: float | None = 1e-3,
         *,
+        prior_steps: int = 8,
         structure: str = "diagonal",
         rank: int = 10,
         process_noise: float = 0.0,
@@ -121,6 +127,7 @@ class KalmanOptimizer(torch.optim.Optimizer):
     ) -> None:
         defaults = {
             "variance": variance,
+            "prior_steps": prior_steps,
             "structure": structure,
             "rank": rank,
             "process_noise": process_noise,
@@ -154,10 +161,17 @@ class KalmanOptimizer(torch.optim.Optimizer):
         if name == "block":
             rows, columns = parameter.shape[:1].numel(), parameter.shape[1:].numel()
             name = "diagonal" if parameter.dim() < 2 else "row_block" if columns <= rows else "column_block"
-        belief = STRUCTURES[name](parameter.shape, group["variance"], device=parameter.device, **options)
+        variance = 1.0 if group["variance"] is None else group["variance"]
+        belief = STRUCTURES[name](parameter.shape, variance, device=parameter.device, **options)
         self.beliefs[parameter] = belief
         # The same tensors: what the filter changes is what `state_dict` saves. A narrow parameter has a wide mean.
         self.state[parameter] = {**belief.state(), "steps": torch.zeros(())}
+        if group["variance"] is None:
+            rows, columns = parameter.shape[:1].numel(), parameter.shape[1:].numel()
+            own = {"device": parameter.device, "dtype": torch.float32}
+            # Sums of what each row and column told so far, and of how many factors.
+            self.state[parameter] |= {"row_information": torch.zeros(rows, **own), "told": torch.zeros((), **own)}
+            self.state[parameter]["column_information"] = torch.zeros(columns, **own)
         if parameter.dtype != torch.float32:
             self.state[parameter]["mean"] = parameter.detach().to(torch.float32).clone()
 
@@ -203,6 +217,8 @@ class KalmanOptimizer(torch.optim.Optimizer):
         if group["fisher"] == "empirical":
             belief.accumulate(gradient[None])
         belief.factors = [factor / math.sqrt(group["temper"]) for factor in belief.factors]
+        if group["variance"] is None and state["told"] < group["prior_steps"] and sum(map(len, belief.factors)):
+            self._estimate_prior(belief, state, group)
         gradient = gradient / group["temper"]
         step = belief.update(gradient)
         # (P g)^T P^{-1} (P g) = g^T P g.
@@ -216,6 +232,21 @@ class KalmanOptimizer(torch.optim.Optimizer):
             parameter.copy_(mean)
         state["steps"] += 1
         return square
+
+    @staticmethod
+    def _estimate_prior(belief: Covariance, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+        """Begin again at the variance that the filter would settle at with the information seen so far."""
+        squares = torch.cat(belief.factors).square().sum(0).reshape(len(state["row_information"]), -1)
+        if not squares.any():
+            return  # A tensor behind one that is still zero.
+        state["row_information"] += squares.mean(1)
+        state["column_information"] += squares.mean(0)
+        state["told"] += 1
+        rows, columns = state["row_information"] / state["told"], state["column_information"] / state["told"]
+        mean = rows.mean()
+        # Rows and columns that said next to nothing have no say in how far they move.
+        rows, columns = rows.clamp(min=1e-3 * mean), columns.clamp(min=1e-3 * mean)
+        belief.restart((group["process_noise"] * mean / (rows[:, None] * columns)).sqrt().view(belief.shape))
 
     def variances(self) -> dict[Tensor, Tensor]:
         """{parameter: posterior variance of its entries}."""
@@ -241,7 +272,9 @@ class KalmanOptimizer(torch.optim.Optimizer):
             for parameter, index in zip(group["params"], indices, strict=False):
                 self._begin(parameter, group)
                 saved, state = dict(state_dict["state"][index]), self.state[parameter]
-                state["steps"].copy_(saved.pop("steps"))
+                for name in ("steps", "row_information", "column_information", "told"):
+                    if name in saved:
+                        state[name].copy_(saved.pop(name))
                 if (mean := saved.pop("mean", None)) is not None:
                     state["mean"].copy_(mean)
                 self.beliefs[parameter].load_state_dict(saved)
@@ -258,7 +291,13 @@ def _check(group: dict[str, Any]) -> None:
             f"KalmanOptimizer: `fisher='empirical'` needs structure='diagonal', got {group['structure']!r}: with "
             "correlations it removes the variance along the surprise."
         )
+    if group["variance"] is None and not group["process_noise"] > 0:
+        raise ValueError(
+            f"KalmanOptimizer: `process_noise` must be > 0 with variance=None, got {group['process_noise']!r}: it is what "
+            "the variance is estimated from."
+        )
     for name, fits, wanted in (
+        ("prior_steps", group["prior_steps"] >= 1, ">= 1"),
         ("temper", group["temper"] >= 1, ">= 1"),
         ("gradient_scale", group["gradient_scale"] > 0, "> 0"),
         ("max_step", group["max_step"] is None or group["max_step"] > 0, "> 0 or None"),
