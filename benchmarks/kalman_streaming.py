@@ -4,7 +4,7 @@
 
 FOLDER holds shakespeare.txt.gz, wikipedia_articles.txt.gz and brown.txt.gz. The stream is Shakespeare, Wikipedia,
 Brown, and Shakespeare again (further on), each token predicted before it is learned from, every method in the stock
-Trainer with the same adapters. A method's one hyper-parameter (learning rate; prior variance) is the best of a grid on
+Trainer with the same adapters. A method's one hyper-parameter (learning rate; process noise) is the best of a grid on
 streams from the first third of every text; what is reported are other streams, from the rest, one for each seed.
 
 Besides: a map of the Kalman filter's loss over prior variance and noise (`--map`).
@@ -33,22 +33,24 @@ ORDER = ("shakespeare", "wikipedia", "brown", "shakespeare")
 WINDOW, HELD_OUT = 512, 12
 # Windows of a segment, for each batch size.
 SEGMENT = {1: 40, 8: 128}
-RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
-VARIANCES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+RATES = (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3)
+# Square roots of the process noise; the prior variance follows from it (`variance=None`).
+SCALES = (1e-3, 2e-3, 4e-3, 6e-3, 8e-3, 1.2e-2)
 GRIDS = {
     "frozen": (0.0,),
-    "sgd": (1e-2, 3e-2, 1e-1, 3e-1, 1.0),
+    "sgd": (3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0),
     "adamw": RATES,
     "rmsprop": RATES,
-    "kalman diagonal": VARIANCES,
-    "kalman block": VARIANCES,
-    "kalman low_rank": VARIANCES,
+    "kalman diagonal": SCALES,
+    "kalman block": SCALES,
+    "kalman low_rank": SCALES,
 }
-MAP = tuple(
-    itertools.product(
-        (1e-5, 1e-4, 1e-3, 1e-2),
-        ({}, {"decay": 1e-2}, {"decay": 1e-1}, {"process_noise": 1e-8}, {"process_noise": 1e-6}, {"forgetting": 0.99}),
-    )
+# (prior variance or None, other arguments): over the noise with the prior that follows from it, and with fixed ones.
+MAP = (
+    *((None, {"process_noise": q**2}) for q in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)),
+    *((None, {"process_noise": q**2, "decay": d}) for q in (2e-3, 4e-3, 8e-3) for d in (0.0, 1e-2, 1e-1)),
+    *((v, {"process_noise": q**2}) for v in (1e-3, 1e-2, 1e-1) for q in (0.0, 1e-4, 1e-3)),
+    *((None, {"process_noise": 16e-6, "temper": t}) for t in (1.0, 8.0, 128.0)),
 )
 
 
@@ -106,7 +108,9 @@ def run(model, windows, batch, method, value, seed, more=None):
     trained = [p for p in peft_model.parameters() if p.requires_grad]
     callbacks, optimizers = [], (None, None)
     if kalman:
-        callbacks = [KalmanCallback(value, structure=method.split()[1], **(more or {}))]
+        noise = {"process_noise": value**2} if value is not None and more is None else {}
+        variance = None if more is None else value
+        callbacks = [KalmanCallback(variance, structure=method.split()[1], **noise, **(more or {}))]
     else:
         optimizer = {
             "frozen": lambda: torch.optim.SGD(trained, lr=0.0),

@@ -16,8 +16,9 @@ Five statements, each a function that returns what it measured and what was to b
 5. Low rank. With few directions plus a diagonal the filter converges as the full one does; with the directions alone
    the error outside of them stays for ever.
 
-Statements 3 to 5 stand for the convergence and stability theorems that arXiv 2603.13423 announces in its abstract; their
-precise form here is standard filtering theory (descent lemma; information form of the filter), not that paper's text.
+Statements 3 to 5 stand for the convergence and stability theorems that arXiv 2603.13423 announces in its abstract;
+their precise form here is standard filtering theory (descent lemma; information form of the filter), not that paper's
+text.
 """
 
 import torch
@@ -99,7 +100,7 @@ def convergence_on_a_strongly_convex_loss(steps=60, seed=2):
 
 
 def windowed_contraction(excited, steps=200, forgetting=0.95, window=4, seed=3):
-    """(error along the last direction, its variance, largest ratio of e^T P^{-1} e over a window, forgetting^window)."""
+    """(error along the last direction, its variance, largest ratio of e^T P^{-1} e over a window, its bound)."""
     directions = torch.eye(4, **WIDE)[: 4 if excited else 3]
     truth, theta = torch.ones(4, **WIDE), torch.zeros(4, **WIDE)
     belief, lengths = FullCovariance((4,), 1.0, **WIDE), []

@@ -293,8 +293,8 @@ def _check(group: dict[str, Any]) -> None:
         )
     if group["variance"] is None and not group["process_noise"] > 0:
         raise ValueError(
-            f"KalmanOptimizer: `process_noise` must be > 0 with variance=None, got {group['process_noise']!r}: it is what "
-            "the variance is estimated from."
+            f"KalmanOptimizer: `process_noise` must be > 0 with variance=None, got {group['process_noise']!r}: the "
+            "variance is estimated from it."
         )
     for name, fits, wanted in (
         ("prior_steps", group["prior_steps"] >= 1, ">= 1"),
