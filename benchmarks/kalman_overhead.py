@@ -86,7 +86,7 @@ def main():
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(options.model, torch.float32, device)
-    result = {"adapters": "LoRA, rank 8, all linear layers", "environment": environment(device), "rows": []}
+    result = {"adapters": "LoRA, rank 8, queries and values", "environment": environment(device), "rows": []}
     for batch, length, steps in ((1, 512, 20), (8, 512, 20)) if device == "cuda" else ((1, 128, 6),):
         for name in options.cases:
             row = {"case": name, "batch": batch, "length": length, **measured(model, CASES[name], batch, length, steps)}

@@ -58,3 +58,33 @@ def test_half_precision_training_step(dtype, tmp_path):
     exact = tiny_model()(ids.cpu(), labels=ids.cpu()).loss
     assert abs(loss.item() - exact.item()) < 0.03
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "block", "kronecker", "low_rank", "full"])
+def test_a_filter_on_a_gpu_is_that_on_the_cpu(structure):
+    from hf_kalman.training import KalmanOptimizer
+
+    torch.manual_seed(0)
+    start, factors, gradients = torch.randn(6, 5), torch.randn(60, 1, 6, 5), torch.randn(60, 6, 5)
+    found = []
+    for device in ("cpu", "cuda"):
+        weight = torch.nn.Parameter(start.clone().to(device))
+        options = {"structure": structure, "rank": 3, "process_noise": 1e-4, "prior_steps": 4}
+        optimizer = KalmanOptimizer([weight], None, **options)
+        for factor, gradient in zip(factors, gradients, strict=True):
+            optimizer.beliefs[weight].accumulate(factor)
+            weight.grad = gradient.clone().to(device)
+            optimizer.step()
+        found.append(weight.detach().cpu())
+    torch.testing.assert_close(found[1], found[0], rtol=2e-3, atol=2e-4)
+
+
+def test_adaptation_on_a_gpu_is_that_on_the_cpu():
+    from hf_kalman.training import InnovationTuner
+
+    losses = []
+    for device in ("cpu", "cuda"):
+        model = tiny_model(SHAPES["gka pure"]).to(device)
+        tuner = InnovationTuner(model, ("head",), rule="least_squares", variance=1e-9)
+        losses.append([tuner.step(tokens(2, 70).to(device)).loss for _ in range(2)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
