@@ -190,6 +190,22 @@ def test_narrow_models_have_wide_means():
     assert tuner.means[DOWN].dtype == tuner.correction.dtype == torch.float32 and tuner.correction.any()
 
 
+def test_autocast_ends_where_the_filter_begins():
+    found = []
+    for narrow in (False, True):
+        tuner = InnovationTuner(language_model(), variance=1e-2, structure="full")
+        seen = kept(tuner)
+        with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+            tuner.step(ids())
+        hidden, e, drawn = seen[0][0], seen[0][4], seen[0][5]
+        rows = (drawn[:, :, None] * hidden[:, None, :]).flatten(1) / 16**0.5
+        information = rows.T @ rows + torch.eye(256) / 1e-2
+        wanted = torch.linalg.solve(information, (e.T @ hidden).flatten() / 16).view(16, 16)
+        torch.testing.assert_close(tuner.correction, wanted, rtol=1e-3, atol=1e-6)
+        found.append(tuner.correction)
+    assert not torch.equal(*found)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -179,7 +179,8 @@ class InnovationTuner:
             last = before_norm[0][:, :-1][kept].float()
             parts = {name: values[:, :-1][kept].float() for name, values in inputs.items()}
             ends = {name: values[:, :-1][kept].float() for name, values in streams.items()}
-            length = self._learn(hidden, last, parts, ends, innovations, drawn)
+            with torch.autocast(hidden.device.type, enabled=False):  # A covariance in 16 bits loses its sign.
+                length = self._learn(hidden, last, parts, ends, innovations, drawn)
         full = torch.zeros(kept.shape, device=hidden.device).masked_scatter(kept, log_probs)
         return InnovationReport(full, -log_probs.mean().item(), len(log_probs), length)
 
