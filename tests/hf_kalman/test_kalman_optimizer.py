@@ -110,11 +110,14 @@ def test_a_stream_is_learned_in_one_pass(structure, dtype):
 @pytest.mark.parametrize("structure", ["diagonal", "low_rank"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_saved_optimizer_continues_bit_for_bit(structure, dtype):
-    options = {"structure": structure, "process_noise": 1e-5, "rank": 3}
+    options = {"structure": structure, "process_noise": 1e-5, "rank": 3, "noise_memory": 0.9}
+    if structure == "low_rank":
+        options |= {"variance": None, "prior_steps": 12}
+    options = {"variance": 0.3, **options}
     whole = classifier(dtype)
-    stream(whole, KalmanOptimizer(whole.parameters(), 0.3, **options), range(20))
+    stream(whole, KalmanOptimizer(whole.parameters(), **options), range(20))
     model = classifier(dtype)
-    optimizer = KalmanOptimizer(model.parameters(), 0.3, **options)
+    optimizer = KalmanOptimizer(model.parameters(), **options)
     stream(model, optimizer, range(10))
     file = io.BytesIO()
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
@@ -147,6 +150,63 @@ def test_tempering_counts_observations_less():
 
     for a, b in zip(moved(1.0, 1), moved(3.0, 3), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_noise_follows_the_innovations():
+    """Gradients k times as large as the model expects count k^2 times less: the step of a k^2 times larger temper."""
+    torch.manual_seed(7)
+    factors, shape = torch.randn(30, 1, 3, 4), (3, 4)
+
+    def moved(size, **options):
+        weight = torch.nn.Parameter(torch.zeros(shape))
+        optimizer = KalmanOptimizer([weight], 0.1, structure="block", **options)
+        for factor in factors:
+            optimizer.beliefs[weight].accumulate(factor)
+            # The gradient points where the factor does, so that each ratio is size^2.
+            weight.grad = -size * factor[0].clone()
+            optimizer.step()
+        return weight.detach(), optimizer.variances()[weight]
+
+    for memory in (0.0, 0.9):
+        for found, wanted in zip(moved(3.0, noise_memory=memory), moved(3.0, temper=9.0), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    for found, wanted in zip(moved(1.0, noise_memory=0.9), moved(1.0), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "row_block", "kronecker", "low_rank"])
+def test_a_prior_of_none_is_where_the_filter_settles(structure):
+    """Stationary from the first step, at sqrt(q / i), for information that is a product of rows and columns."""
+    torch.manual_seed(8)
+    noise, rows, columns = 1e-6, torch.tensor([0.5, 2.0]), torch.tensor([1.0, 0.2, 3.0])
+    information = (rows[:, None] * columns).square()
+    weight = torch.nn.Parameter(torch.zeros(2, 3))
+    optimizer = KalmanOptimizer([weight], None, structure=structure, process_noise=noise, prior_steps=3)
+    wanted = (noise / information).sqrt()
+    for _ in range(3):
+        optimizer.beliefs[weight].accumulate(torch.diag(information.sqrt().flatten()).view(6, 2, 3))
+        weight.grad = torch.zeros(2, 3)
+        optimizer.step()
+    torch.testing.assert_close(optimizer.beliefs[weight].prior, wanted, rtol=1e-5, atol=0)
+    for _ in range(2000):
+        optimizer.beliefs[weight].accumulate(torch.diag(information.sqrt().flatten()).view(6, 2, 3))
+        weight.grad = torch.zeros(2, 3)
+        optimizer.step()
+    found = optimizer.variances()[weight]
+    # After an update: below sqrt(q / i) by half of q; 1e-3 of it here.
+    torch.testing.assert_close(found, wanted, rtol=5e-3, atol=0)
+
+
+def test_tensors_behind_a_zero_wait_for_their_prior():
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    optimizer = KalmanOptimizer([weight], None, process_noise=1e-4)
+    for value in (0.0, 0.0, 2.0):
+        weight.grad = torch.full((2, 2), value)
+        optimizer.accumulate_fisher()
+        weight.grad = torch.full((2, 2), value)
+        optimizer.step()
+    assert optimizer.state[weight]["told"] == 1
+    torch.testing.assert_close(optimizer.beliefs[weight].prior, torch.full((2, 2), (1e-4 / 4) ** 0.5))
 
 
 def test_steps_are_cut_to_their_mahalanobis_length():
@@ -189,6 +249,9 @@ def test_closures_frozen_parameters_and_copies():
         ({"fisher": "empirical", "structure": "full"}, "needs structure='diagonal', got 'full'"),
         ({"temper": 0.5}, "`temper` must be >= 1, got 0.5"),
         ({"gradient_scale": 0.0}, "`gradient_scale` must be > 0"),
+        ({"variance": None}, "`process_noise` must be > 0 with variance=None, got 0.0"),
+        ({"variance": None, "process_noise": 1e-6, "prior_steps": 0}, "`prior_steps` must be >= 1, got 0"),
+        ({"noise_memory": 1.0}, "`noise_memory` must be in \\[0, 1\\) or None, got 1.0"),
         ({"max_step": 0.0}, "`max_step` must be > 0 or None"),
         ({"forgetting": 1.5}, "`forgetting` must be in \\(0, 1\\], got 1.5"),
         ({"decay": -0.1}, "`decay` must be in \\[0, 1\\], got -0.1"),

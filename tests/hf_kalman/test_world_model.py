@@ -122,6 +122,28 @@ def test_rollouts_know_how_far_to_trust_themselves():
     assert 0.3 < torch.stack(squares).mean() < 3 and min(late) > 3 * max(early)
 
 
+def test_variances_of_rollouts_are_those_of_drawn_models():
+    """Weights and noise drawn many times, models run forward with each: spread along the way as said."""
+    model = world(num_features=6, lags=2, observation_share=0.2)
+    observations, actions = oscillator(200)
+    model.fit_stream(observations, actions)
+    past, steps = observations[-2:], actions[:6]
+    _, variance = model.rollout(steps, observations=past)
+    torch.manual_seed(6)
+    weight, lower, draws = model.weight.data.clone(), torch.linalg.cholesky(model.covariance), []
+    for _ in range(3000):
+        model.weight.data = weight + model.noise.sqrt()[:, None] * (torch.randn_like(weight) @ lower.T)
+        state = past.flip(0).flatten() + (0.2 * model.noise).sqrt().repeat(2) * torch.randn(4, **WIDE)
+        rows = []
+        for action in steps:
+            state = model.transition(state, action).detach()
+            state[:2] += (0.8 * model.noise).sqrt() * torch.randn(2, **WIDE)
+            rows.append(state[:2] + (0.2 * model.noise).sqrt() * torch.randn(2, **WIDE))
+        draws.append(torch.stack(rows))
+    torch.testing.assert_close(torch.stack(draws).var(0), variance, rtol=0.15, atol=0)
+    assert (variance[-1] > 1.5 * variance[0]).all()
+
+
 def test_episodes_are_apart():
     """An episode that begins anew is predicted as if it came first."""
     observations, actions = oscillator(60)

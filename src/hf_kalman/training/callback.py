@@ -138,6 +138,7 @@ class KalmanCallback(TrainerCallback):
         decay: see `KalmanOptimizer`.
         temper: see `KalmanOptimizer`; "auto" lets a sequence count as 16 observations, as tokens of one text depend on
             one another, and a sequence with fewer labels as so many.
+        noise_memory: see `KalmanOptimizer`.
         max_step: see `KalmanOptimizer`.
         fisher: "sampled", or "empirical" for no second backward pass, with structure="diagonal" only.
         fisher_every: steps from one Fisher factor to the next, which counts that many times; for speed.
@@ -164,6 +165,7 @@ class KalmanCallback(TrainerCallback):
         forgetting: float = 1.0,
         decay: float = 1e-3,
         temper: float | str = "auto",
+        noise_memory: float | None = None,
         max_step: float | None = 1.0,
         fisher: str = "sampled",
         fisher_every: int = 1,
@@ -187,6 +189,7 @@ class KalmanCallback(TrainerCallback):
             "process_noise": process_noise,
             "forgetting": forgetting,
             "decay": decay,
+            "noise_memory": noise_memory,
             "max_step": max_step,
             "fisher": fisher,
         }

@@ -96,6 +96,9 @@ class KalmanOptimizer(torch.optim.Optimizer):
         forgetting: see `Covariance.predict`.
         decay: see `Covariance.predict`.
         temper: >= 1; observations that depend on one another count for that many times less.
+        noise_memory: in [0, 1): memory of a running estimate of how much noisier each tensor's innovations are than the
+            model expects, r = mean g^T P g / mean q^T P q (1 where the model is right about its uncertainty); they then
+            count r times less. None for r = 1. [adaptive noise from innovations: Mehra 1970; the ratio is ours]
         max_step: largest Mahalanobis length sqrt(step^T P^{-1} step) of a step of one tensor; none when None.
         fisher: "sampled" for accumulated factors; "empirical" takes g itself as the only row of Q, which needs
             "diagonal": with correlations it removes the variance along the surprise.
@@ -120,6 +123,7 @@ class KalmanOptimizer(torch.optim.Optimizer):
         forgetting: float = 1.0,
         decay: float = 0.0,
         temper: float = 1.0,
+        noise_memory: float | None = None,
         max_step: float | None = None,
         fisher: str = "sampled",
         gradient_scale: float = 1.0,
@@ -134,6 +138,7 @@ class KalmanOptimizer(torch.optim.Optimizer):
             "forgetting": forgetting,
             "decay": decay,
             "temper": temper,
+            "noise_memory": noise_memory,
             "max_step": max_step,
             "fisher": fisher,
             "gradient_scale": gradient_scale,
@@ -166,6 +171,9 @@ class KalmanOptimizer(torch.optim.Optimizer):
         self.beliefs[parameter] = belief
         # The same tensors: what the filter changes is what `state_dict` saves. A narrow parameter has a wide mean.
         self.state[parameter] = {**belief.state(), "steps": torch.zeros(())}
+        if group["noise_memory"] is not None:
+            # Running means of g^T P g and of q^T P q.
+            self.state[parameter]["innovations"] = torch.zeros(2, device=parameter.device)
         if group["variance"] is None:
             rows, columns = parameter.shape[:1].numel(), parameter.shape[1:].numel()
             own = {"device": parameter.device, "dtype": torch.float32}
@@ -220,6 +228,8 @@ class KalmanOptimizer(torch.optim.Optimizer):
         if group["variance"] is None and state["told"] < group["prior_steps"] and sum(map(len, belief.factors)):
             self._estimate_prior(belief, state, group)
         gradient = gradient / group["temper"]
+        if group["noise_memory"] is not None and sum(map(len, belief.factors)):
+            gradient = self._noise_adapted(belief, state["innovations"], gradient, group["noise_memory"])
         step = belief.update(gradient)
         # (P g)^T P^{-1} (P g) = g^T P g.
         square = (gradient * step).sum().clamp(min=torch.finfo(torch.float32).tiny)
@@ -232,6 +242,17 @@ class KalmanOptimizer(torch.optim.Optimizer):
             parameter.copy_(mean)
         state["steps"] += 1
         return square
+
+    @staticmethod
+    def _noise_adapted(belief: Covariance, sums: Tensor, gradient: Tensor, memory: float) -> Tensor:
+        """The gradient, and the belief's factors, counted less by how far innovations exceed what was expected."""
+        found = (gradient * belief.times(gradient)).sum()
+        wanted = torch.stack([(row * belief.times(row)).sum() for factor in belief.factors for row in factor]).sum()
+        sums.mul_(memory).add_((1 - memory) * torch.stack([found, wanted]))
+        # Both sums have seen the same share of the past, which drops out of their ratio.
+        ratio = (sums[0] / sums[1].clamp(min=torch.finfo(sums.dtype).tiny)).clamp(1e-2, 1e4)
+        belief.factors = [factor / ratio.sqrt() for factor in belief.factors]
+        return gradient / ratio
 
     @staticmethod
     def _estimate_prior(belief: Covariance, state: dict[str, Tensor], group: dict[str, Any]) -> None:
@@ -272,7 +293,7 @@ class KalmanOptimizer(torch.optim.Optimizer):
             for parameter, index in zip(group["params"], indices, strict=False):
                 self._begin(parameter, group)
                 saved, state = dict(state_dict["state"][index]), self.state[parameter]
-                for name in ("steps", "row_information", "column_information", "told"):
+                for name in ("steps", "row_information", "column_information", "told", "innovations"):
                     if name in saved:
                         state[name].copy_(saved.pop(name))
                 if (mean := saved.pop("mean", None)) is not None:
@@ -300,6 +321,7 @@ def _check(group: dict[str, Any]) -> None:
         ("prior_steps", group["prior_steps"] >= 1, ">= 1"),
         ("temper", group["temper"] >= 1, ">= 1"),
         ("gradient_scale", group["gradient_scale"] > 0, "> 0"),
+        ("noise_memory", group["noise_memory"] is None or 0 <= group["noise_memory"] < 1, "in [0, 1) or None"),
         ("max_step", group["max_step"] is None or group["max_step"] > 0, "> 0 or None"),
         ("lr", group["lr"] >= 0, ">= 0"),
         ("process_noise", group["process_noise"] >= 0, ">= 0"),

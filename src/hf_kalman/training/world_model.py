@@ -373,6 +373,8 @@ class KalmanWorldModel(PreTrainedModel):
     ) -> tuple[Tensor, Tensor]:
         """Means and variances of the observations to come, (H, m) each, noise of the observation included.
 
+        Variances are those of the linearised model: of noise and of the weights, which are wrong alike at every step.
+
         Args:
             actions: (H, k): the first is taken now, after the last observation.
             horizon: H, where there are no actions.
@@ -398,12 +400,19 @@ class KalmanWorldModel(PreTrainedModel):
                 )
             state = observations.to(self.state).flip(0).flatten()
             covariance = (config.observation_share * self.noise).repeat(config.lags).diag()
-        means, variances = [], []
+        means, variances, d, size = [], [], len(state), self.weight.shape[1]
+        # Weights are wrong in the same way at every step: their covariance with the state is carried along.
+        cross = state.new_zeros(m, d, size)
         for action in steps:
             phi, jacobian = self.features(state, action), self.jacobian(state, action)
+            spread = self.noise[:, None] * (self.covariance @ phi)
+            mixed = (cross @ phi) @ jacobian.T
             covariance = jacobian @ covariance @ jacobian.T
-            extra = 1 - config.observation_share + phi @ self.covariance @ phi
-            covariance[:m, :m] += (extra * self.noise).diag()
+            covariance[:m] += mixed
+            covariance[:, :m] += mixed.T
+            covariance[:m, :m] += ((1 - config.observation_share) * self.noise + spread @ phi).diag()
+            cross = jacobian @ cross
+            cross[torch.arange(m), torch.arange(m)] += spread
             state = self.transition(state, action)
             means.append(state[:m])
             variances.append(covariance.diagonal()[:m] + config.observation_share * self.noise)
