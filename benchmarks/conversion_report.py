@@ -18,6 +18,7 @@ ROWS = {
     "smollm2-135m-gka-30": "GKA, all 30",
     "smollm2-135m-kla-8": "KLA, 8 of 30",
     "smollm2-135m-kla-15": "KLA, 15 of 30",
+    "control-teacher": "control: the teacher, trained like GKA in 15",
     "control-sliding-512": "control: sliding window of 512 in 15",
     "control-published-15": "control: published layer, start and first stage, in 15",
 }
