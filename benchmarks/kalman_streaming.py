@@ -85,11 +85,13 @@ def stream(domains, seed, segment, search):
 
 
 class Rows(IterableDataset):
-    def __init__(self, windows):
-        self.windows = windows
+    """Columns of windows, or rows that have their columns already, in their order."""
+
+    def __init__(self, rows):
+        self.rows = rows
 
     def __iter__(self):
-        return iter({"input_ids": window, "labels": window} for window in self.windows)
+        return iter(row if isinstance(row, dict) else {"input_ids": row, "labels": row} for row in self.rows)
 
 
 def adapted(model, seed):
@@ -100,19 +102,32 @@ def adapted(model, seed):
 
 
 def run(model, windows, batch, method, value, seed, more=None):
-    """Losses (nats per token) of every batch before it was learned from; the adapted model."""
+    """Losses (nats per token) of every batch before it was learned from; alarms; the adapted model."""
+    peft_model = adapted(model, seed)
+    return *one_pass(peft_model, windows, batch, method, value, seed, more), peft_model
+
+
+def one_pass(model, rows, batch, method, value, seed, more=None):
+    """Losses of every batch before it was learned from, and steps with an alarm, in the stock Trainer.
+
+    A Kalman method's value is the square root of its process noise, or its prior variance where there are more
+    arguments; without a value it is the callback as it comes.
+    """
     from transformers import Trainer, TrainingArguments
+    from transformers.trainer_callback import PrinterCallback
 
     from hf_kalman.training import KalmanCallback
 
     kalman = method.startswith("kalman")
-    peft_model = adapted(model, seed)
-    trained = [p for p in peft_model.parameters() if p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad]
     callbacks, optimizers = [], (None, None)
     if kalman:
-        noise = {"process_noise": value**2} if value is not None and more is None else {}
-        variance = None if more is None else value
-        callbacks = [KalmanCallback(variance, structure=method.split()[1], **noise, **(more or {}))]
+        options = {"structure": method.split()[1]} if " " in method else {}
+        if more is not None:
+            options |= {"variance": value, **more}
+        elif value is not None:
+            options |= {"variance": None, "process_noise": value**2}
+        callbacks = [KalmanCallback(**options)]
     else:
         optimizer = {
             "frozen": lambda: torch.optim.SGD(trained, lr=0.0),
@@ -121,33 +136,30 @@ def run(model, windows, batch, method, value, seed, more=None):
             "rmsprop": lambda: torch.optim.RMSprop(trained, lr=value),
         }[method]()
         optimizers = (optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0))
+    device = next(model.parameters()).device.type
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,
             per_device_train_batch_size=batch,
-            max_steps=len(windows) // batch,
+            max_steps=len(rows) // batch,
             max_grad_norm=0.0 if kalman or method == "frozen" else 1.0,
             logging_steps=1,
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
             seed=seed,
-            bf16=model.device.type == "cuda",
-            use_cpu=model.device.type == "cpu",
+            bf16=device == "cuda",
+            use_cpu=device == "cpu",
             dataloader_pin_memory=False,
             accelerator_config={"dispatch_batches": False},
         )
-        trainer = Trainer(
-            peft_model, arguments, train_dataset=Rows(windows), callbacks=callbacks, optimizers=optimizers
-        )
-        from transformers.trainer_callback import PrinterCallback
-
+        trainer = Trainer(model, arguments, train_dataset=Rows(rows), callbacks=callbacks, optimizers=optimizers)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     alarms = [e["step"] for a, e in itertools.pairwise(trainer.state.log_history) if _alarms(e) > _alarms(a)]
-    trainer.accelerator.unwrap_model(peft_model, keep_fp32_wrapper=False)
-    return losses, alarms, peft_model
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    return losses, alarms
 
 
 def _alarms(entry):

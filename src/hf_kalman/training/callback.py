@@ -129,11 +129,12 @@ class KalmanCallback(TrainerCallback):
     the gain. The filter is saved in the checkpoint's `optimizer.pt`, and a resumed run continues bit for bit.
 
     Args:
-        variance: see `KalmanOptimizer`; the argument that decides most.
+        variance: see `KalmanOptimizer`; None lets the filter begin where `process_noise` would bring it.
         prior_steps: see `KalmanOptimizer`.
         structure: see `KalmanOptimizer`.
         rank: see `KalmanOptimizer`.
-        process_noise: see `KalmanOptimizer`.
+        process_noise: see `KalmanOptimizer`; the argument that decides most where `variance` is None. Its default is
+            the square of 4e-3.
         forgetting: see `KalmanOptimizer`.
         decay: see `KalmanOptimizer`.
         temper: see `KalmanOptimizer`; "auto" lets a sequence count as 16 observations, as tokens of one text depend on
@@ -156,14 +157,14 @@ class KalmanCallback(TrainerCallback):
 
     def __init__(
         self,
-        variance: float | None = 1e-4,
+        variance: float | None = None,
         *,
         prior_steps: int = 8,
         structure: str = "diagonal",
         rank: int = 10,
-        process_noise: float = 0.0,
+        process_noise: float = 1.6e-5,
         forgetting: float = 1.0,
-        decay: float = 1e-3,
+        decay: float = 0.0,
         temper: float | str = "auto",
         noise_memory: float | None = None,
         max_step: float | None = 1.0,

@@ -97,8 +97,8 @@ class KalmanOptimizer(torch.optim.Optimizer):
         decay: see `Covariance.predict`.
         temper: >= 1; observations that depend on one another count for that many times less.
         noise_memory: in [0, 1): memory of a running estimate of how much noisier each tensor's innovations are than the
-            model expects, r = mean g^T P g / mean q^T P q (1 where the model is right about its uncertainty); they then
-            count r times less. None for r = 1. [adaptive noise from innovations: Mehra 1970; the ratio is ours]
+            model expects, r = mean g^T P g / mean q^T P q, at least 1 (which it is where the model is right about its
+            uncertainty); they then count r times less. None for r = 1. [adaptive noise from innovations: Mehra 1970; the ratio is ours]
         max_step: largest Mahalanobis length sqrt(step^T P^{-1} step) of a step of one tensor; none when None.
         fisher: "sampled" for accumulated factors; "empirical" takes g itself as the only row of Q, which needs
             "diagonal": with correlations it removes the variance along the surprise.
@@ -250,7 +250,7 @@ class KalmanOptimizer(torch.optim.Optimizer):
         wanted = torch.stack([(row * belief.times(row)).sum() for factor in belief.factors for row in factor]).sum()
         sums.mul_(memory).add_((1 - memory) * torch.stack([found, wanted]))
         # Both sums have seen the same share of the past, which drops out of their ratio.
-        ratio = (sums[0] / sums[1].clamp(min=torch.finfo(sums.dtype).tiny)).clamp(1e-2, 1e4)
+        ratio = (sums[0] / sums[1].clamp(min=torch.finfo(sums.dtype).tiny)).clamp(min=1)
         belief.factors = [factor / ratio.sqrt() for factor in belief.factors]
         return gradient / ratio
 
