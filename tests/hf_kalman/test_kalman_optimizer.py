@@ -209,6 +209,20 @@ def test_tensors_behind_a_zero_wait_for_their_prior():
     torch.testing.assert_close(optimizer.beliefs[weight].prior, torch.full((2, 2), (1e-4 / 4) ** 0.5))
 
 
+def test_a_prior_is_estimated_again_when_information_has_grown():
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    optimizer = KalmanOptimizer([weight], None, process_noise=1e-4, prior_steps=4)
+    for step in range(16):
+        value = 0.1 if step < 4 else 10.0
+        weight.grad = torch.full((2, 2), value)
+        optimizer.accumulate_fisher()
+        weight.grad = torch.zeros(2, 2)
+        optimizer.step()
+        # The mean over about four factors: 1e-2 at first, 82 of the 100 four steps later, and no fourfold growth since.
+        wanted = 1e-4 / (1e-2 if step < 7 else (1 - 0.75**4) * 100 + 0.75**4 * 1e-2)
+        torch.testing.assert_close(optimizer.beliefs[weight].prior[0, 0].item(), wanted**0.5, rtol=1e-4, atol=0)
+
+
 def test_steps_are_cut_to_their_mahalanobis_length():
     torch.manual_seed(6)
     weight = nn.Parameter(torch.zeros(3, 4))

@@ -63,6 +63,10 @@ def sampled_label_loss(
     return -logs.gather(-1, drawn).sum()
 
 
+# State of a parameter that is not its belief's.
+_OWN_STATE = {"steps", "row_information", "column_information", "information", "told", "innovations"}
+
+
 class KalmanOptimizer(torch.optim.Optimizer):
     r"""Kalman filter on parameters: the step is gain times innovation, P g with g the gradient of the log-likelihood.
 
@@ -88,7 +92,8 @@ class KalmanOptimizer(torch.optim.Optimizer):
             step is estimated by the first `prior_steps` Fisher factors, entry by entry as the product of its row's and
             its column's share, and sqrt(process_noise) is then the only scale to choose. (It is what a learning rate of
             RMSprop is, times sqrt(temper).)
-        prior_steps: steps with a factor in which the prior is estimated, where `variance` is None.
+        prior_steps: steps with a factor in which the prior is estimated, where `variance` is None; and again after as
+            many more when the information has grown fourfold, as it does for a LoRA A while its B leaves zero.
         structure: one of `STRUCTURES`, or "block": "row_block" or "column_block", whichever has the smaller blocks, for
             each tensor; vectors are then diagonal.
         rank: of "low_rank".
@@ -98,7 +103,8 @@ class KalmanOptimizer(torch.optim.Optimizer):
         temper: >= 1; observations that depend on one another count for that many times less.
         noise_memory: in [0, 1): memory of a running estimate of how much noisier each tensor's innovations are than the
             model expects, r = mean g^T P g / mean q^T P q, at least 1 (which it is where the model is right about its
-            uncertainty); they then count r times less. None for r = 1. [adaptive noise from innovations: Mehra 1970; the ratio is ours]
+            uncertainty); they then count r times less. None for r = 1. [adaptive noise from innovations: Mehra 1970;
+            the ratio is ours]
         max_step: largest Mahalanobis length sqrt(step^T P^{-1} step) of a step of one tensor; none when None.
         fisher: "sampled" for accumulated factors; "empirical" takes g itself as the only row of Q, which needs
             "diagonal": with correlations it removes the variance along the surprise.
@@ -177,9 +183,10 @@ class KalmanOptimizer(torch.optim.Optimizer):
         if group["variance"] is None:
             rows, columns = parameter.shape[:1].numel(), parameter.shape[1:].numel()
             own = {"device": parameter.device, "dtype": torch.float32}
-            # Sums of what each row and column told so far, and of how many factors.
-            self.state[parameter] |= {"row_information": torch.zeros(rows, **own), "told": torch.zeros((), **own)}
-            self.state[parameter]["column_information"] = torch.zeros(columns, **own)
+            # Running means over what each row and column told, of how many factors, and the mean that is the prior's.
+            sizes = {"row_information": (rows,), "column_information": (columns,), "information": ()}
+            self.state[parameter] |= {name: torch.zeros(size, **own) for name, size in sizes.items()}
+            self.state[parameter]["told"] = torch.zeros(())
         if parameter.dtype != torch.float32:
             self.state[parameter]["mean"] = parameter.detach().to(torch.float32).clone()
 
@@ -225,7 +232,7 @@ class KalmanOptimizer(torch.optim.Optimizer):
         if group["fisher"] == "empirical":
             belief.accumulate(gradient[None])
         belief.factors = [factor / math.sqrt(group["temper"]) for factor in belief.factors]
-        if group["variance"] is None and state["told"] < group["prior_steps"] and sum(map(len, belief.factors)):
+        if group["variance"] is None and sum(map(len, belief.factors)):
             self._estimate_prior(belief, state, group)
         gradient = gradient / group["temper"]
         if group["noise_memory"] is not None and sum(map(len, belief.factors)):
@@ -256,15 +263,24 @@ class KalmanOptimizer(torch.optim.Optimizer):
 
     @staticmethod
     def _estimate_prior(belief: Covariance, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-        """Begin again at the variance that the filter would settle at with the information seen so far."""
+        """Begin again at the variance that the filter would settle at with the information seen so far.
+
+        In the first `prior_steps` factors, and after as many more whenever information has grown fourfold, as it does
+        behind a tensor that begins at zero.
+        """
         squares = torch.cat(belief.factors).square().sum(0).reshape(len(state["row_information"]), -1)
-        if not squares.any():
+        steps, told = group["prior_steps"], state["told"]
+        if told < steps and not squares.any():
             return  # A tensor behind one that is still zero.
-        state["row_information"] += squares.mean(1)
-        state["column_information"] += squares.mean(0)
-        state["told"] += 1
-        rows, columns = state["row_information"] / state["told"], state["column_information"] / state["told"]
+        told += 1
+        weight = 1 / told.clamp(max=steps)
+        state["row_information"].lerp_(squares.mean(1), weight)
+        state["column_information"].lerp_(squares.mean(0), weight)
+        rows, columns = state["row_information"], state["column_information"]
         mean = rows.mean()
+        if told > steps and (told % steps != 0 or mean < 4 * state["information"]):
+            return
+        state["information"].copy_(mean)
         # Rows and columns that said next to nothing have no say in how far they move.
         rows, columns = rows.clamp(min=1e-3 * mean), columns.clamp(min=1e-3 * mean)
         belief.restart((group["process_noise"] * mean / (rows[:, None] * columns)).sqrt().view(belief.shape))
@@ -293,9 +309,8 @@ class KalmanOptimizer(torch.optim.Optimizer):
             for parameter, index in zip(group["params"], indices, strict=False):
                 self._begin(parameter, group)
                 saved, state = dict(state_dict["state"][index]), self.state[parameter]
-                for name in ("steps", "row_information", "column_information", "told", "innovations"):
-                    if name in saved:
-                        state[name].copy_(saved.pop(name))
+                for name in _OWN_STATE & saved.keys():
+                    state[name].copy_(saved.pop(name))
                 if (mean := saved.pop("mean", None)) is not None:
                     state["mean"].copy_(mean)
                 self.beliefs[parameter].load_state_dict(saved)
