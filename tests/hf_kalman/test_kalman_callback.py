@@ -263,6 +263,18 @@ def test_drift_is_seen_once_and_noise_is_not():
     assert len(after) == 1 and after[0] < 310
 
 
+def test_variances_rise_at_an_alarm(tmp_path):
+    model = language_model()
+    steady = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in rows(4)] * 30
+    callback = KalmanCallback(1e-6, process_noise=0.0, drift_boost=100.0)
+    alarm_at, update = 20, callback.drift.update
+    callback.drift.update = lambda value: update(value) and False or callback.steps == alarm_at
+    trainer = train(model, tmp_path, callback, data=steady)
+    logs = [e for e in trainer.state.log_history if "loss" in e]
+    assert [e["kalman_drift_alarms"] for e in logs] == [int(step >= alarm_at) for step in range(30)]
+    assert logs[alarm_at]["kalman_variance_ratio"] > 50 * logs[alarm_at - 1]["kalman_variance_ratio"]
+
+
 def test_the_gate_weakens_surprising_steps(tmp_path):
     """Labels at the far end of what the model thinks possible: information and step of an outlier shrink."""
     data, lengths = [{"input_ids": torch.arange(12), "labels": torch.arange(12)}] * 4, []
@@ -311,6 +323,7 @@ def test_arguments_that_break_the_filter_are_refused(tmp_path, options, message)
     [
         ({"temper": 0.5}, '`temper` must be "auto" or >= 1, got 0.5'),
         ({"temper": "tokens"}, "`temper` must be .* got 'tokens'"),
+        ({"drift_boost": 0.5}, "`drift_boost` must be >= 1, got 0.5"),
         ({"fisher_every": 0}, "`fisher_every` must be >= 1, got 0"),
         ({"gate": 1.0}, "`gate` must be in \\(0, 1\\) or None, got 1.0"),
         ({"variance": -1.0}, "`variance` must be > 0, got -1.0"),

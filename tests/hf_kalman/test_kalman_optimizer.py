@@ -223,6 +223,25 @@ def test_a_prior_is_estimated_again_when_information_has_grown():
         torch.testing.assert_close(optimizer.beliefs[weight].prior[0, 0].item(), wanted**0.5, rtol=1e-4, atol=0)
 
 
+def test_boosted_priors_go_back_to_where_the_filter_settles():
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    options = {"process_noise": 1e-12, "prior_steps": 1, "boost": 4.0, "decay": 0.5}
+    optimizer = KalmanOptimizer([weight], None, **options)
+    found = []
+    for _ in range(4):
+        weight.grad = torch.full((2, 2), 1e-3)
+        optimizer.accumulate_fisher()
+        weight.grad = torch.zeros(2, 2)
+        optimizer.step()
+        found.append(optimizer.variances()[weight][0, 0].item() / 1e-3)
+    # Information of 1e-6 beside a precision of 1e3: nothing but the way back from 4 to 1, by half of it a step.
+    assert found == pytest.approx([4.0, 2.5, 1.75, 1.375], rel=1e-5)
+    optimizer.inflate(2.0)
+    assert optimizer.variances()[weight][0, 0].item() == pytest.approx(2.75e-3, rel=1e-5)
+    with pytest.raises(ValueError, match="`factor` must be > 0, got 0.0"):
+        optimizer.inflate(0.0)
+
+
 def test_steps_are_cut_to_their_mahalanobis_length():
     torch.manual_seed(6)
     weight = nn.Parameter(torch.zeros(3, 4))
@@ -265,6 +284,7 @@ def test_closures_frozen_parameters_and_copies():
         ({"gradient_scale": 0.0}, "`gradient_scale` must be > 0"),
         ({"variance": None}, "`process_noise` must be > 0 with variance=None, got 0.0"),
         ({"variance": None, "process_noise": 1e-6, "prior_steps": 0}, "`prior_steps` must be >= 1, got 0"),
+        ({"boost": 0.5}, "`boost` must be >= 1, got 0.5"),
         ({"noise_memory": 1.0}, "`noise_memory` must be in \\[0, 1\\) or None, got 1.0"),
         ({"max_step": 0.0}, "`max_step` must be > 0 or None"),
         ({"forgetting": 1.5}, "`forgetting` must be in \\(0, 1\\], got 1.5"),

@@ -131,6 +131,8 @@ class KalmanCallback(TrainerCallback):
     Args:
         variance: see `KalmanOptimizer`; None lets the filter begin where `process_noise` would bring it.
         prior_steps: see `KalmanOptimizer`.
+        boost: see `KalmanOptimizer`.
+        drift_boost: >= 1: what covariances are multiplied by at a drift alarm.
         structure: see `KalmanOptimizer`.
         rank: see `KalmanOptimizer`.
         process_noise: see `KalmanOptimizer`; the argument that decides most where `variance` is None. Its default is
@@ -160,6 +162,8 @@ class KalmanCallback(TrainerCallback):
         variance: float | None = None,
         *,
         prior_steps: int = 8,
+        boost: float = 1.0,
+        drift_boost: float = 1.0,
         structure: str = "diagonal",
         rank: int = 10,
         process_noise: float = 1.6e-5,
@@ -177,6 +181,7 @@ class KalmanCallback(TrainerCallback):
     ) -> None:
         for name, value, fits, wanted in (
             ("temper", temper, temper == "auto" or (not isinstance(temper, str) and temper >= 1), '"auto" or >= 1'),
+            ("drift_boost", drift_boost, drift_boost >= 1, ">= 1"),
             ("fisher_every", fisher_every, fisher_every >= 1, ">= 1"),
             ("gate", gate, gate is None or 0 < gate < 1, "in (0, 1) or None"),
         ):
@@ -185,6 +190,7 @@ class KalmanCallback(TrainerCallback):
         self.options = {
             "variance": variance,
             "prior_steps": prior_steps,
+            "boost": boost,
             "structure": structure,
             "rank": rank,
             "process_noise": process_noise,
@@ -195,7 +201,7 @@ class KalmanCallback(TrainerCallback):
             "fisher": fisher,
         }
         KalmanOptimizer([nn.Parameter(torch.zeros(1, 1))], **self.options)  # Checks the arguments.
-        self.temper, self.fisher_every, self.seed = temper, fisher_every, seed
+        self.temper, self.fisher_every, self.seed, self.drift_boost = temper, fisher_every, seed, drift_boost
         # Quantile of chi-square with one degree of freedom: the square of a normal quantile.
         self.bound = None if gate is None else torch.special.ndtri(torch.tensor((1 + gate) / 2).double()).item() ** 2
         self.overrides, self.schedule = dict(overrides or {}), schedule
@@ -301,12 +307,7 @@ class KalmanCallback(TrainerCallback):
         draws = self.options["fisher"] == "sampled" and self.steps % self.fisher_every == 0
         self._reduce(draws)
         loss, entropy, variance, labels, sequences = self.innovation.tolist()
-        temper = self.temper
-        if isinstance(temper, str):
-            temper = max(1.0, labels / max(sequences, 1) / OBSERVATIONS_PER_SEQUENCE)
-        standard = (loss - entropy) / math.sqrt(max(temper * variance, 1e-12))
-        if self.bound is not None:
-            temper *= max(1.0, standard**2 / self.bound)
+        temper, standard = self._weigh(loss - entropy, variance, labels, sequences)
         # Several processes: their gradients are a mean, and so is that over accumulated batches where it is one.
         scale = 1.0 if self.divided else float(self.batches * self.world)
         for group in self.optimizer.param_groups:
@@ -326,6 +327,8 @@ class KalmanCallback(TrainerCallback):
         self.optimizer.step()
         self.drift_alarm = self.drift.update(standard)
         self.alarms += self.drift_alarm
+        if self.drift_alarm:
+            self.optimizer.inflate(self.drift_boost)
         length = self.optimizer.step_length.item()
         for name, value in (("loss", loss), ("nis", standard**2), ("length", length), ("temper", temper)):
             self.sums[name] += value
@@ -333,6 +336,15 @@ class KalmanCallback(TrainerCallback):
         self.count += 1
         self.steps += 1
         self._forget_batch()
+
+    def _weigh(self, surprise: float, variance: float, labels: float, sequences: float) -> tuple[float, float]:
+        """How many labels of this step count as one observation, and the step's standardised innovation."""
+        temper = self.temper
+        if isinstance(temper, str):
+            temper = max(1.0, labels / max(sequences, 1) / OBSERVATIONS_PER_SEQUENCE)
+        standard = surprise / math.sqrt(max(temper * variance, 1e-12))
+        gate = 1.0 if self.bound is None else max(1.0, standard**2 / self.bound)
+        return temper * gate, standard
 
     def _reduce(self, draws: bool) -> None:
         """Sums over the processes, of innovations and of factors."""

@@ -113,6 +113,12 @@ class Covariance(ABC):
         self.prior = variance.detach().to(**self.options).clone()
         self._restart(self.prior)
 
+    @torch.no_grad()
+    def inflate(self, factor: float) -> None:
+        """P <- factor P; the prior stays what it is."""
+        if factor != 1:
+            self._predict(factor, 0.0)
+
     def accumulate(self, factor: Tensor) -> None:
         """Take in rows of a Fisher factor, of one observation or of many: they count at the next update.
 

@@ -269,7 +269,7 @@ class InnovationTuner:
     def _check_norm(self) -> None:
         """Its epsilon, where it is the norm that `_through_norm` differentiates."""
         weight = getattr(self.norm, "weight", None)
-        self.epsilon = getattr(self.norm, "variance_epsilon", getattr(self.norm, "eps", None))
+        self.epsilon: Any = getattr(self.norm, "variance_epsilon", getattr(self.norm, "eps", None))
         if weight is not None and isinstance(self.epsilon, float):
             with torch.no_grad():
                 probe = torch.randn(3, len(weight), generator=torch.Generator().manual_seed(0)).to(weight.device)

@@ -94,6 +94,8 @@ class KalmanOptimizer(torch.optim.Optimizer):
             RMSprop is, times sqrt(temper).)
         prior_steps: steps with a factor in which the prior is estimated, where `variance` is None; and again after as
             many more when the information has grown fourfold, as it does for a LoRA A while its B leaves zero.
+        boost: >= 1: how far above that prior the variance begins, where `variance` is None; with a `decay` it goes back
+            to it. Larger steps at first.
         structure: one of `STRUCTURES`, or "block": "row_block" or "column_block", whichever has the smaller blocks, for
             each tensor; vectors are then diagonal.
         rank: of "low_rank".
@@ -123,6 +125,7 @@ class KalmanOptimizer(torch.optim.Optimizer):
         variance: float | None = 1e-3,
         *,
         prior_steps: int = 8,
+        boost: float = 1.0,
         structure: str = "diagonal",
         rank: int = 10,
         process_noise: float = 0.0,
@@ -138,6 +141,7 @@ class KalmanOptimizer(torch.optim.Optimizer):
         defaults = {
             "variance": variance,
             "prior_steps": prior_steps,
+            "boost": boost,
             "structure": structure,
             "rank": rank,
             "process_noise": process_noise,
@@ -284,6 +288,19 @@ class KalmanOptimizer(torch.optim.Optimizer):
         # Rows and columns that said next to nothing have no say in how far they move.
         rows, columns = rows.clamp(min=1e-3 * mean), columns.clamp(min=1e-3 * mean)
         belief.restart((group["process_noise"] * mean / (rows[:, None] * columns)).sqrt().view(belief.shape))
+        belief.inflate(group["boost"])
+
+    @torch.no_grad()
+    def inflate(self, factor: float) -> None:
+        """Multiply all covariances: what was known is known less, as after a change of the data.
+
+        Raises:
+            ValueError: `factor` is not positive.
+        """
+        if not factor > 0:
+            raise ValueError(f"KalmanOptimizer.inflate: `factor` must be > 0, got {factor!r}.")
+        for belief in self.beliefs.values():
+            belief.inflate(factor)
 
     def variances(self) -> dict[Tensor, Tensor]:
         """{parameter: posterior variance of its entries}."""
@@ -334,6 +351,7 @@ def _check(group: dict[str, Any]) -> None:
         )
     for name, fits, wanted in (
         ("prior_steps", group["prior_steps"] >= 1, ">= 1"),
+        ("boost", group["boost"] >= 1, ">= 1"),
         ("temper", group["temper"] >= 1, ">= 1"),
         ("gradient_scale", group["gradient_scale"] > 0, "> 0"),
         ("noise_memory", group["noise_memory"] is None or 0 <= group["noise_memory"] < 1, "in [0, 1) or None"),
