@@ -1,5 +1,6 @@
 """Training as filtering: beliefs about parameters, updated by gains and innovations."""
 
+from .bayesian_head import HeadPrediction, KalmanBayesianHead, relu_moments, softmax_moments
 from .callback import DriftDetector, KalmanCallback, log_loss_innovation
 from .covariance import (
     STRUCTURES,
@@ -22,8 +23,10 @@ __all__ = [
     "DiagonalCovariance",
     "DriftDetector",
     "FullCovariance",
+    "HeadPrediction",
     "InnovationReport",
     "InnovationTuner",
+    "KalmanBayesianHead",
     "KalmanCallback",
     "KalmanOptimizer",
     "KalmanWorldModel",
@@ -34,5 +37,7 @@ __all__ = [
     "RowBlockCovariance",
     "WorldModelReport",
     "log_loss_innovation",
+    "relu_moments",
     "sampled_label_loss",
+    "softmax_moments",
 ]
