@@ -34,6 +34,11 @@ from .kla.modeling_kla import (
     KLAForTokenClassification,
     KLAModel,
 )
+from .training.bayesian_model import (
+    KalmanBayesianConfig,
+    KalmanBayesianForSequenceClassification,
+    KalmanBayesianForTokenClassification,
+)
 from .training.world_model import KalmanWorldModel, KalmanWorldModelConfig
 
 __all__ = ["ARCHITECTURES", "register"]
@@ -55,6 +60,10 @@ ARCHITECTURES = {
     },
     HybridQwen3Config: {AutoModel: HybridQwen3Model, AutoModelForCausalLM: HybridQwen3ForCausalLM},
     KalmanWorldModelConfig: {AutoModel: KalmanWorldModel},
+    KalmanBayesianConfig: {
+        AutoModelForSequenceClassification: KalmanBayesianForSequenceClassification,
+        AutoModelForTokenClassification: KalmanBayesianForTokenClassification,
+    },
 }
 # Attention layers, GKA mixers and MLPs name their projections alike.
 _LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "g_proj", "gate_proj", "up_proj", "down_proj"]

@@ -1,6 +1,13 @@
 """Training as filtering: beliefs about parameters, updated by gains and innovations."""
 
 from .bayesian_head import HeadPrediction, KalmanBayesianHead, relu_moments, softmax_moments
+from .bayesian_model import (
+    KalmanBayesianConfig,
+    KalmanBayesianForSequenceClassification,
+    KalmanBayesianForTokenClassification,
+    KalmanBayesianOutput,
+    StreamReport,
+)
 from .callback import DriftDetector, KalmanCallback, log_loss_innovation
 from .covariance import (
     STRUCTURES,
@@ -26,7 +33,11 @@ __all__ = [
     "HeadPrediction",
     "InnovationReport",
     "InnovationTuner",
+    "KalmanBayesianConfig",
+    "KalmanBayesianForSequenceClassification",
+    "KalmanBayesianForTokenClassification",
     "KalmanBayesianHead",
+    "KalmanBayesianOutput",
     "KalmanCallback",
     "KalmanOptimizer",
     "KalmanWorldModel",
@@ -35,6 +46,7 @@ __all__ = [
     "KroneckerCovariance",
     "LowRankCovariance",
     "RowBlockCovariance",
+    "StreamReport",
     "WorldModelReport",
     "log_loss_innovation",
     "relu_moments",

@@ -1,0 +1,234 @@
+"""Frozen classifiers of the host with a Bayesian head that learns from a stream, one sample at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import logging
+from transformers.utils.generic import ModelOutput
+
+from .bayesian_head import KalmanBayesianHead
+
+__all__ = [
+    "KalmanBayesianConfig",
+    "KalmanBayesianForSequenceClassification",
+    "KalmanBayesianForTokenClassification",
+    "KalmanBayesianOutput",
+    "StreamReport",
+]
+
+
+class KalmanBayesianConfig(PreTrainedConfig):
+    """Configuration of a classifier with a Bayesian head.
+
+    Args:
+        classifier_config: of the classifier whose last linear layer the head replaces, as a dictionary with its
+            `model_type`.
+        linear: name of that layer in the classifier.
+        head_sizes: widths of the head.
+        head_options: further arguments of `KalmanBayesianHead`.
+    """
+
+    model_type = "kalman_bayesian"
+
+    def __init__(
+        self,
+        classifier_config: dict[str, Any] | None = None,
+        linear: str = "score",
+        head_sizes: list[int] | None = None,
+        head_options: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.classifier_config, self.linear = classifier_config, linear
+        self.head_sizes, self.head_options = head_sizes, dict(head_options or {})
+        super().__init__(**kwargs)
+
+
+@dataclass
+class KalmanBayesianOutput(ModelOutput):
+    """Output of a classifier with a Bayesian head.
+
+    Args:
+        loss: mean of -log of the labels' predictive probabilities, in nats.
+        logits: (B, V) or (B, T, V): logarithms of the predictive probabilities.
+        variances: of the same shape: of the head's outputs, in squared nats.
+        probability_variances: of the same shape: of the probabilities.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    variances: Tensor | None = None
+    probability_variances: Tensor | None = None
+
+
+class StreamReport(NamedTuple):
+    """What a pass over a stream scored, every label before it was learned from.
+
+    Args:
+        log_likelihoods: of the labels, in nats.
+        correct: whether the likeliest class was right.
+        seen: samples that the model has learned from in all.
+    """
+
+    log_likelihoods: list[float]
+    correct: list[bool]
+    seen: int
+
+
+class _KalmanBayesianClassifier(PreTrainedModel):
+    config_class = KalmanBayesianConfig
+    base_model_prefix = "classifier"
+    auto: Any = None
+
+    def __init__(self, config: KalmanBayesianConfig) -> None:
+        super().__init__(config)
+        if config.classifier_config is None or config.head_sizes is None:
+            raise ValueError(
+                f"{type(self).__name__}: `config` must hold `classifier_config` and `head_sizes`; make the model with "
+                "from_classifier."
+            )
+        inner = AutoConfig.for_model(**config.classifier_config)
+        self.classifier = self.auto.from_config(inner)
+        self.classifier.set_submodule(config.linear, nn.Identity())
+        self.classifier.requires_grad_(False)
+        self.head = KalmanBayesianHead(config.head_sizes, **config.head_options)
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """The classifier's own weights are its business; the head begins where it is put."""
+
+    @classmethod
+    def from_classifier(cls, model: PreTrainedModel, mode: str = "copy_negative_inputs", **options: Any):
+        """A classifier's probabilities and a head that can learn; the classifier's weights are shared.
+
+        Args:
+            model: classifier of the host or of this package, trained or not.
+            mode: see `KalmanBayesianHead.from_linear`.
+            options: of the head.
+
+        Raises:
+            ValueError: the model has no last linear layer with as many outputs as labels.
+        """
+        count = model.config.num_labels
+        fitting = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.out_features == count]
+        if not fitting:
+            raise ValueError(
+                f"{cls.__name__}.from_classifier: `model` must have a linear layer with {count} outputs, one for each "
+                f"label, got {type(model).__name__}."
+            )
+        linear = cast(nn.Linear, model.get_submodule(fitting[-1]))
+        head = KalmanBayesianHead.from_linear(linear, mode, **options)
+        config = KalmanBayesianConfig(
+            classifier_config=model.config.to_dict(),
+            linear=fitting[-1],
+            head_sizes=list(head.sizes),
+            head_options={"likelihood": "categorical", **options},
+            id2label=model.config.id2label,
+            label2id=model.config.label2id,
+        )
+        with torch.device("meta"):
+            made = cls(config)
+        model.set_submodule(fitting[-1], nn.Identity())
+        made.classifier, made.head = model.requires_grad_(False), head
+        made.seen = torch.zeros((), dtype=torch.int64, device=linear.weight.device)
+        return made.eval()
+
+    @torch.no_grad()
+    def features(self, **inputs: Any) -> Tensor:
+        """What the head reads: (B, inputs), or (B, T, inputs) for token classification."""
+        training = self.classifier.training
+        self.classifier.eval()
+        try:
+            return self.classifier(**inputs).logits.float()
+        finally:
+            self.classifier.train(training)
+
+    @torch.no_grad()
+    def forward(self, labels: Tensor | None = None, **inputs: Any) -> KalmanBayesianOutput:
+        """Predictive distribution of inputs of the classifier.
+
+        Args:
+            labels: (B,) or (B, T) classes; -100 for none.
+            inputs: of the classifier.
+        """
+        found = self.head(self.features(**inputs))
+        logits = found.probabilities.clamp(min=1e-30).log()
+        loss = None
+        if labels is not None:
+            loss = nn.functional.nll_loss(logits.flatten(0, -2), labels.flatten(), ignore_index=-100)
+        return KalmanBayesianOutput(loss, logits, found.variance, found.probability_variance)
+
+    @torch.no_grad()
+    def fit_stream(
+        self,
+        samples: Iterable[dict[str, Any]],
+        *,
+        resume: bool = False,
+        progress: bool = False,
+        after: Callable[[int, float], None] | None = None,
+    ) -> StreamReport:
+        """Learn from samples in their order, one in memory, each scored before it is learned from.
+
+        Args:
+            samples: dictionaries of unbatched inputs and `labels`: a class, or one for each token (-100 for none).
+            resume: leave out the first samples, as many as the model has seen: a saved model goes on in the same
+                stream where it stopped, bit for bit.
+            progress: whether to show a progress bar.
+            after: called after each sample with its number and its mean log-likelihood.
+
+        Raises:
+            ValueError: a sample without labels, or one that the head refuses; samples before it have been learned.
+        """
+        scores: list[float] = []
+        correct: list[bool] = []
+        rows = logging.tqdm(samples, disable=not progress)
+        for number, sample in enumerate(rows):
+            if resume and number < int(self.seen):
+                continue
+            if "labels" not in sample:
+                raise ValueError(
+                    f"{type(self).__name__}.fit_stream: sample {number} must have `labels`, got {list(sample)}."
+                )
+            inputs = {k: torch.as_tensor(v, device=self.device)[None] for k, v in sample.items() if k != "labels"}
+            features = self.features(**inputs)[0].reshape(-1, self.head.sizes[0])
+            labels = torch.as_tensor(sample["labels"], device=self.device).reshape(-1)
+            own = []
+            for row, label in zip(features, labels, strict=True):
+                if label == -100:
+                    continue
+                correct.append(bool(self.head(row[None]).mean[0].argmax() == label))
+                own.append(self.head.filter_step(row, label))
+            scores += own
+            self.seen += 1
+            if after is not None:
+                after(number, sum(own) / max(len(own), 1))
+        return StreamReport(scores, correct, int(self.seen))
+
+
+class KalmanBayesianForSequenceClassification(_KalmanBayesianClassifier):
+    """Sequence classifier of the host, frozen, with a `KalmanBayesianHead` in place of its last linear layer.
+
+    model = KalmanBayesianForSequenceClassification.from_classifier(classifier, variance=(0.0, 0.1))
+    report = model.fit_stream(samples)
+    model.save_pretrained("adapted")
+    """
+
+    auto = AutoModelForSequenceClassification
+
+
+class KalmanBayesianForTokenClassification(_KalmanBayesianClassifier):
+    """As `KalmanBayesianForSequenceClassification`, for one label per token."""
+
+    auto = AutoModelForTokenClassification

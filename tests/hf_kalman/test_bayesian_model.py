@@ -1,0 +1,124 @@
+"""Classifiers of the host with a Bayesian head: the same at first, learning from a stream, saved and loaded."""
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
+
+from hf_kalman import GKAConfig, GKAForSequenceClassification, GKAForTokenClassification
+from hf_kalman.training import (
+    KalmanBayesianConfig,
+    KalmanBayesianForSequenceClassification,
+    KalmanBayesianForTokenClassification,
+)
+
+SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_labels": 3}
+DECODER = {**SIZES, "num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0}
+ENCODER = {**SIZES, "num_attention_heads": 2, "max_position_embeddings": 32}
+
+
+def classifier(kind):
+    torch.manual_seed(0)
+    return {
+        "bert": lambda: BertForSequenceClassification(BertConfig(**ENCODER)),
+        "roberta": lambda: RobertaForSequenceClassification(RobertaConfig(**ENCODER)),
+        "llama": lambda: LlamaForSequenceClassification(LlamaConfig(**DECODER)),
+        "gka": lambda: GKAForSequenceClassification(GKAConfig(**DECODER)),
+        "gka tokens": lambda: GKAForTokenClassification(GKAConfig(**DECODER)),
+    }[kind]().eval()
+
+
+def samples(count=60, tokens=False):
+    """Rows whose first token says their class; with a class for each token, the token's own."""
+    ids = torch.randint(2, 40, (count, 8), generator=torch.Generator().manual_seed(1))
+    return [
+        {"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row % 3 if tokens else row[0] % 3}
+        for row in ids
+    ]
+
+
+def batch(rows):
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+KINDS = ["bert", "roberta", "llama", "gka"]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "gka tokens"])
+def test_a_new_model_says_what_the_classifier_said(kind):
+    cls = KalmanBayesianForTokenClassification if "tokens" in kind else KalmanBayesianForSequenceClassification
+    rows = batch(samples(5, "tokens" in kind))
+    with torch.no_grad():
+        wanted = classifier(kind)(**rows)
+    model = cls.from_classifier(classifier(kind), variance=1e-3)
+    found = model(**rows)
+    torch.testing.assert_close(found.logits.exp(), wanted.logits.softmax(-1), rtol=0, atol=2e-6)
+    torch.testing.assert_close(found.loss, wanted.loss, rtol=1e-5, atol=1e-6)
+    assert (found.variances > 0).all() and not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "gka tokens"])
+def test_a_stream_is_learned_one_sample_at_a_time(kind):
+    cls = KalmanBayesianForTokenClassification if "tokens" in kind else KalmanBayesianForSequenceClassification
+    model = classifier(kind)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(6)  # Random features that tell tokens apart.
+    model = cls.from_classifier(model, variance=(0.0, 1.0), covariance="full")
+    before = {name: value.clone() for name, value in model.classifier.state_dict().items()}
+    report = model.fit_stream(samples(150, "tokens" in kind))
+    third = len(report.log_likelihoods) // 3
+    first, last = (sum(part) / third for part in (report.log_likelihoods[:third], report.log_likelihoods[-third:]))
+    assert last > first and report.seen == 150
+    assert all(torch.equal(value, before[name]) for name, value in model.classifier.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["bert", "gka", "gka tokens"])
+def test_a_saved_model_goes_on_in_its_stream_bit_for_bit(kind, tmp_path):
+    tokens = "tokens" in kind
+    cls = KalmanBayesianForTokenClassification if tokens else KalmanBayesianForSequenceClassification
+    auto = AutoModelForTokenClassification if tokens else AutoModelForSequenceClassification
+    options = {"variance": (0.0, 0.1), "forgetting": 0.99}
+    stream = samples(30, tokens)
+    whole = cls.from_classifier(classifier(kind), **options)
+    expected = whole.fit_stream(stream).log_likelihoods
+    first = cls.from_classifier(classifier(kind), **options)
+    found = first.fit_stream(stream[:12]).log_likelihoods
+    first.save_pretrained(tmp_path)
+    second = auto.from_pretrained(tmp_path)
+    assert type(second) is cls and second.config.id2label == first.config.id2label
+    report = second.fit_stream(stream, resume=True)
+    assert found + report.log_likelihoods == expected and report.seen == 30
+    again = batch(stream[:4])
+    assert torch.equal(second(**again).logits, whole(**again).logits)
+
+
+def test_labels_left_out_teach_nothing_and_callbacks_are_called():
+    model = KalmanBayesianForTokenClassification.from_classifier(classifier("gka tokens"))
+    row, heard = samples(1, True)[0], []
+    before = model.head.mean_1.clone()
+    report = model.fit_stream([{**row, "labels": torch.full((8,), -100)}], after=lambda *args: heard.append(args))
+    assert torch.equal(model.head.mean_1, before) and report.log_likelihoods == [] and heard == [(0, 0.0)]
+
+
+def test_what_does_not_fit_is_refused():
+    model = KalmanBayesianForSequenceClassification.from_classifier(classifier("bert"))
+    row = samples(1)[0]
+    with pytest.raises(ValueError, match="sample 0 must have `labels`, got \\['input_ids'\\]"):
+        model.fit_stream([{"input_ids": row["input_ids"]}])
+    with pytest.raises(ValueError, match="`label` must be a class from 0 to 2"):
+        model.fit_stream([{**row, "labels": torch.tensor(3)}])
+    with pytest.raises(ValueError, match="make the model with from_classifier"):
+        KalmanBayesianForSequenceClassification(KalmanBayesianConfig())
+    odd = classifier("bert")
+    odd.config.num_labels = 7
+    with pytest.raises(ValueError, match="a linear layer with 7 outputs"):
+        KalmanBayesianForSequenceClassification.from_classifier(odd)
