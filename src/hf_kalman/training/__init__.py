@@ -1,5 +1,6 @@
 """Training as filtering: beliefs about parameters, updated by gains and innovations."""
 
+from .baselines import LastLayerLaplace, WarmStart
 from .bayesian_head import HeadPrediction, KalmanBayesianHead, relu_moments, softmax_moments
 from .bayesian_model import (
     KalmanBayesianConfig,
@@ -44,9 +45,11 @@ __all__ = [
     "KalmanWorldModelConfig",
     "KalmanWorldModelOutput",
     "KroneckerCovariance",
+    "LastLayerLaplace",
     "LowRankCovariance",
     "RowBlockCovariance",
     "StreamReport",
+    "WarmStart",
     "WorldModelReport",
     "log_loss_innovation",
     "relu_moments",

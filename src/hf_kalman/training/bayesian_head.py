@@ -275,7 +275,7 @@ class KalmanBayesianHead(nn.Module):
     def _linear(self, index: int, z: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Means and variances of the outputs (..., N), and the share of the variance that is the weights' own."""
         mean, covariance = self._mean(index), self._covariance(index)
-        z, v = _with_one(z), torch.cat([v, torch.zeros_like(v[..., :1])], -1)
+        z, v = with_one(z), torch.cat([v, torch.zeros_like(v[..., :1])], -1)
         if self.covariance == "diagonal":
             own = (z.square() + v) @ covariance.T
         elif self.covariance == "shared":
@@ -428,7 +428,7 @@ class KalmanBayesianHead(nn.Module):
     def _smooth_weights(self, index: int, mu: Tensor, z: Tensor, v: Tensor, target: Tensor, spread: Tensor) -> None:
         if self.prior[index] == 0:
             return
-        mean, covariance, inputs = self._mean(index), self._covariance(index), _with_one(mu)
+        mean, covariance, inputs = self._mean(index), self._covariance(index), with_one(mu)
         safe = v.clamp(min=1e-12)
         delta, change = (target - z) / safe, (spread - v).clamp(max=0) / safe.square()
         if self.covariance == "diagonal":
@@ -494,5 +494,6 @@ def _categorical_solve(p: Tensor, v: Tensor, right: Tensor, weight: float) -> tu
     return d * right + turned * (rest * (turned @ right)), d + rest * turned.square()
 
 
-def _with_one(z: Tensor) -> Tensor:
+def with_one(z: Tensor) -> Tensor:
+    """Inputs with a constant 1 behind them, for the bias."""
     return torch.cat([z, torch.ones_like(z[..., :1])], -1)
