@@ -211,6 +211,22 @@ def test_reporters_see_the_figures_and_the_trainer_gets_its_optimizer_back(tmp_p
     assert not torch.equal(before, parameters(model)) and trainer.optimizer.optimizer.state
 
 
+def test_a_callback_can_be_used_again_after_a_run_that_broke_off(tmp_path):
+    class Broken(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise RuntimeError("broken off")
+
+    callback, model, fresh = KalmanCallback(**EXACT), language_model(), language_model()
+    with pytest.raises(RuntimeError, match="broken off"):
+        train(language_model(), tmp_path, callback, others=[Broken()])
+    with pytest.raises(RuntimeError, match="broken off"):
+        train(model, tmp_path, callback, others=[Broken()])
+    model.load_state_dict(fresh.state_dict())
+    train(model, tmp_path, callback)
+    train(fresh, tmp_path, KalmanCallback(**EXACT))
+    assert torch.equal(parameters(model), parameters(fresh)) and not model._forward_hooks
+
+
 @pytest.mark.parametrize(("checkpointing", "bf16"), [(False, False), (True, False), (True, True)])
 def test_adapters_of_peft(tmp_path, checkpointing, bf16):
     from peft import LoraConfig, get_peft_model

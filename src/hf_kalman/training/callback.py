@@ -206,9 +206,14 @@ class KalmanCallback(TrainerCallback):
         self.bound = None if gate is None else torch.special.ndtri(torch.tensor((1 + gate) / 2).double()).item() ** 2
         self.overrides, self.schedule = dict(overrides or {}), schedule
         self.optimizer: KalmanOptimizer | None = None
-        self.drift, self.alarms = DriftDetector(), 0
+        self.drift, self.hook = DriftDetector(), None
+        self._start()
+
+    def _start(self) -> None:
+        """Figures of a run at its beginning."""
+        self.drift.start()
         self.sums: dict[str, float] = dict.fromkeys(("loss", "nis", "length", "temper"), 0.0)
-        self.count, self.labels, self.steps = 0, 0, 0
+        self.alarms, self.count, self.labels, self.steps = 0, 0, 0, 0
         self.drift_alarm = False
 
     # -- the Trainer's events ------------------------------------------------------------------------------------------
@@ -218,6 +223,9 @@ class KalmanCallback(TrainerCallback):
         assert model is not None and optimizer is not None
         _check_arguments(args)
         self._align = _aligner(model)
+        self._start()
+        if self.hook is not None:  # A run before this one that did not come to its end.
+            self.hook.remove()
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.process = dist.get_rank() if self.world > 1 else 0
         self.rows_per_batch, self.key = args.train_batch_size, args.seed if self.seed is None else self.seed
@@ -249,7 +257,9 @@ class KalmanCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         """Take the hook off and give the Trainer its optimizer back; `self.optimizer` stays the filter."""
-        self.hook.remove()
+        if self.hook is not None:
+            self.hook.remove()
+        self.hook = None
         del self.inner.step, self.inner.state_dict
 
     # -- one step ------------------------------------------------------------------------------------------------------
