@@ -17,6 +17,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import os
 import random
 import statistics
 import tempfile
@@ -205,11 +206,12 @@ def start(model, corpus, devices, counter):
 
     with counter.get_lock():
         number, counter.value = counter.value, counter.value + 1
-    device = f"cuda:{number % devices}" if devices else "cpu"
     if devices:
-        torch.cuda.set_device(device)
-    else:
-        torch.set_num_threads(1)
+        # Before CUDA is touched: the Trainer would spread over all the devices that it sees.
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(devices)))).split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = seen[number % devices]
+    device = "cuda" if devices else "cpu"
+    torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(model)
     WORKER["domains"] = texts(corpus, tokenizer, WORKER_WINDOWS)
     WORKER["model"] = load_model(model, torch.float32, device)
@@ -328,17 +330,20 @@ def main():
         result["search"] = rows(
             [(b, m, v, 0, True, None, length(b)) for b in options.batches for m in order for v in GRIDS[m]]
         )
-        chosen = {
-            (b, m): best_of([r for r in result["search"] if (r["batch"], r["method"]) == (b, m)])
+        searched = {
+            (b, m): [r for r in result["search"] if (r["batch"], r["method"]) == (b, m)]
             for b in options.batches
             for m in options.methods
         }
+        # A search that the limit cut short counts only where it was finished.
+        chosen = {case: best_of(tried) for case, tried in searched.items() if len(tried) == len(GRIDS[case[1]])}
         write("kalman_streaming", result, options.output)
         result["runs"] = rows(
             [
                 (b, m, chosen[b, m], s, False, None, length(b))
                 for b in options.batches
                 for m in order
+                if (b, m) in chosen
                 for s in range(1, options.seeds + 1)
             ]
         )

@@ -201,11 +201,12 @@ def test_tensors_behind_a_zero_wait_for_their_prior():
     weight = torch.nn.Parameter(torch.ones(2, 2))
     optimizer = KalmanOptimizer([weight], None, process_noise=1e-4)
     for value in (0.0, 0.0, 2.0):
+        assert (weight == 1).all()  # Gradients without a factor do not move it.
         weight.grad = torch.full((2, 2), value)
         optimizer.accumulate_fisher()
-        weight.grad = torch.full((2, 2), value)
+        weight.grad = torch.ones(2, 2)
         optimizer.step()
-    assert optimizer.state[weight]["told"] == 1
+    assert optimizer.state[weight]["told"] == 1 and (weight < 1).all()
     torch.testing.assert_close(optimizer.beliefs[weight].prior, torch.full((2, 2), (1e-4 / 4) ** 0.5))
 
 

@@ -91,7 +91,7 @@ class KalmanOptimizer(torch.optim.Optimizer):
             None begins where the filter settles in the long run, at sqrt(process_noise / i): the information i of a
             step is estimated by the first `prior_steps` Fisher factors, entry by entry as the product of its row's and
             its column's share, and sqrt(process_noise) is then the only scale to choose. (It is what a learning rate of
-            RMSprop is, times sqrt(temper).)
+            RMSprop is, times sqrt(temper).) A tensor waits for its first factor that is not 0.
         prior_steps: steps with a factor in which the prior is estimated, where `variance` is None; and again after as
             many more when the information has grown fourfold, as it does for a LoRA A while its B leaves zero.
         boost: >= 1: how far above that prior the variance begins, where `variance` is None; with a `decay` it goes back
@@ -238,6 +238,9 @@ class KalmanOptimizer(torch.optim.Optimizer):
         belief.factors = [factor / math.sqrt(group["temper"]) for factor in belief.factors]
         if group["variance"] is None and sum(map(len, belief.factors)):
             self._estimate_prior(belief, state, group)
+        if group["variance"] is None and not state["told"]:
+            belief.factors = []
+            return torch.zeros_like(gradient.sum())  # Without a prior nothing moves.
         gradient = gradient / group["temper"]
         if group["noise_memory"] is not None and sum(map(len, belief.factors)):
             gradient = self._noise_adapted(belief, state["innovations"], gradient, group["noise_memory"])
