@@ -44,6 +44,7 @@ def main():
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
         bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
     )
     data = [{"input_ids": row, "labels": row} for row in rows]
