@@ -9,7 +9,7 @@ from .bayesian_model import (
     KalmanBayesianOutput,
     StreamReport,
 )
-from .callback import DriftDetector, KalmanCallback, log_loss_innovation
+from .callback import KalmanCallback
 from .covariance import (
     STRUCTURES,
     ColumnBlockCovariance,
@@ -20,6 +20,7 @@ from .covariance import (
     LowRankCovariance,
     RowBlockCovariance,
 )
+from .drift import DriftDetector, chi_square_quantile, log_loss_innovation
 from .innovation import InnovationReport, InnovationTuner
 from .optimizer import KalmanOptimizer, sampled_label_loss
 from .world_model import KalmanWorldModel, KalmanWorldModelConfig, KalmanWorldModelOutput, WorldModelReport
@@ -51,6 +52,7 @@ __all__ = [
     "StreamReport",
     "WarmStart",
     "WorldModelReport",
+    "chi_square_quantile",
     "log_loss_innovation",
     "relu_moments",
     "sampled_label_loss",

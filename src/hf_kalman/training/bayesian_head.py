@@ -36,6 +36,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .drift import chi_square_quantile, log_loss_innovation
+
 __all__ = ["HeadPrediction", "KalmanBayesianHead", "relu_moments", "softmax_moments"]
 
 _COVARIANCES, _SMOOTHINGS = ("full", "diagonal", "shared"), ("messages", "sums")
@@ -197,6 +199,7 @@ class KalmanBayesianHead(nn.Module):
         self.iterations, self.smoothing, self.softmax_order = iterations, smoothing, softmax_order
         self.process_noise, self.forgetting, self.decay = process_noise, forgetting, decay
         self.gate, self.max_step = gate, max_step
+        self._bounds = {} if gate is None else {n: chi_square_quantile(gate, n) for n in {1, sizes[-1]}}
         for index, (inputs, outputs) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
             self.register_buffer(f"mean_{index}", torch.zeros(outputs, inputs + 1))
             self.register_buffer(f"covariance_{index}", self._prior_covariance(index))
@@ -380,11 +383,8 @@ class KalmanBayesianHead(nn.Module):
             solved = torch.linalg.solve(inner, torch.cat([error[:, None], jacobian * v], 1))
             step, removed = v * (jacobian @ solved[:, 0]), v * (jacobian * solved[:, 1:].T).sum(1)
             return score, z + self._limited(step, v), (v - removed).clamp(min=0)
-        # Normalised innovation of the log loss as a scalar: its excess over the entropy.
-        logs = z.log_softmax(-1)
-        entropy = -(p * logs).sum()
-        spread = (p * (logs + entropy).square()).sum().clamp(min=1e-6)
-        weight = 1 / self._gate(((-logs[label] - entropy).square() / spread).item(), 1)
+        loss, entropy, variance = log_loss_innovation(z[None], label[None]).tolist()
+        weight = 1 / self._gate((loss - entropy) ** 2 / max(variance, 1e-6), 1)
         mean, spread = self._corrected(z, floor, label, weight)
         return score, z + self._limited(mean - z, v), torch.minimum(spread, floor)
 
@@ -414,10 +414,7 @@ class KalmanBayesianHead(nn.Module):
     def _gate(self, square: float, degrees: int) -> float:
         if self.gate is None:
             return 1.0
-        # Wilson and Hilferty's quantile of chi-square.
-        normal = torch.special.ndtri(torch.tensor(self.gate, dtype=torch.float64)).item()
-        bound = degrees * (1 - 2 / (9 * degrees) + normal * math.sqrt(2 / (9 * degrees))) ** 3
-        return max(1.0, square / bound)
+        return max(1.0, square / self._bounds[degrees])
 
     def _limited(self, step: Tensor, v: Tensor) -> Tensor:
         if self.max_step is None:

@@ -15,84 +15,13 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
-from kalman_kernels.numerics import widen
-
+from .drift import DriftDetector, chi_square_quantile, log_loss_innovation
 from .optimizer import KalmanOptimizer, sampled_label_loss
 
-__all__ = ["DriftDetector", "KalmanCallback", "log_loss_innovation"]
+__all__ = ["KalmanCallback"]
 
 # A sequence of tokens counts as that many observations where `temper` is "auto".
 OBSERVATIONS_PER_SEQUENCE = 16
-# Labels whose logits are softmaxed at a time.
-_ROWS = 4096
-
-
-def log_loss_innovation(logits: Tensor, labels: Tensor) -> Tensor:
-    r"""How far the log loss of some labels is from what the model expects it to be.
-
-        L = sum_t -log p_t(y_t)      H = sum_t E_p[-log p_t] = sum_t entropy of p_t      V = sum_t Var_p[-log p_t]
-
-    For a model that is right about its uncertainty, (L - H)^2 / V has mean 1: it is the normalised innovation squared
-    of the log loss as a scalar observation. [definition of the entropy; the test is ours]
-
-    Args:
-        logits: (N, V).
-        labels: (N,) int64, all of them labels.
-
-    Returns:
-        (3,) float64: L, H, V in nats and nats squared.
-    """
-    total = torch.zeros(3, dtype=torch.float64, device=logits.device)
-    for rows, wanted in zip(logits.split(_ROWS), labels.split(_ROWS), strict=True):
-        logs = widen(rows).log_softmax(-1)
-        p = logs.exp()
-        entropy = -(p * logs).sum(-1)
-        variance = (p * (logs + entropy[:, None]).square()).sum(-1)
-        loss = -logs.gather(-1, wanted[:, None])
-        total += torch.stack([loss.double().sum(), entropy.double().sum(), variance.double().sum()])
-    return total
-
-
-class DriftDetector:
-    """Page's cumulative-sum test on standardised innovations: says when the loss has risen beyond what was usual.
-
-        m_t = m_{t-1} + (z_t - m_{t-1}) / min(t, memory),   c_t = max(0, c_{t-1} + z_t - m_{t-1} - slack)
-        alarm when c_t > threshold, and then again from the start
-
-    [Page, Biometrika 1954; with a running mean in place of a known one]
-
-    Args:
-        threshold: sum of excesses that makes an alarm, in standard deviations of z.
-        slack: excess per step that is not counted.
-        memory: steps over which the usual z is remembered; also how many pass before the first alarm is possible,
-            divided by four.
-    """
-
-    def __init__(self, threshold: float = 8.0, slack: float = 0.5, memory: int = 32) -> None:
-        self.threshold, self.slack, self.memory = threshold, slack, memory
-        self.start()
-
-    def start(self) -> None:
-        """Forget everything."""
-        self.count, self.mean, self.square, self.excess = 0, 0.0, 0.0, 0.0
-
-    def update(self, value: float) -> bool:
-        """Take in the next z; whether it makes an alarm."""
-        if self.count >= self.memory // 4:
-            spread = math.sqrt(max(self.square - self.mean**2, 1e-12))
-            self.excess = max(0.0, self.excess + (value - self.mean) / spread - self.slack)
-        self.count += 1
-        weight = 1 / min(self.count, self.memory)
-        self.mean += weight * (value - self.mean)
-        self.square += weight * (value**2 - self.square)
-        if self.excess > self.threshold:
-            self.start()
-            return True
-        return False
-
-    def state(self) -> dict[str, float]:
-        """What it remembers."""
-        return {"count": self.count, "mean": self.mean, "square": self.square, "excess": self.excess}
 
 
 class _Scaled(torch.autograd.Function):
@@ -202,8 +131,7 @@ class KalmanCallback(TrainerCallback):
         }
         KalmanOptimizer([nn.Parameter(torch.zeros(1, 1))], **self.options)  # Checks the arguments.
         self.temper, self.fisher_every, self.seed, self.drift_boost = temper, fisher_every, seed, drift_boost
-        # Quantile of chi-square with one degree of freedom: the square of a normal quantile.
-        self.bound = None if gate is None else torch.special.ndtri(torch.tensor((1 + gate) / 2).double()).item() ** 2
+        self.bound = None if gate is None else chi_square_quantile(gate)
         self.overrides, self.schedule = dict(overrides or {}), schedule
         self.optimizer: KalmanOptimizer | None = None
         self.drift, self.hook = DriftDetector(), None
