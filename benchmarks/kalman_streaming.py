@@ -4,7 +4,7 @@
 
 FOLDER holds shakespeare.txt.gz, wikipedia_articles.txt.gz and brown.txt.gz. The stream is Shakespeare, Wikipedia,
 Brown, and Shakespeare again (further on), each token predicted before it is learned from, every method in the stock
-Trainer with the same adapters. A method's one hyper-parameter (learning rate; process noise) is the best of a grid on
+Trainer with the same adapters. A method's one hyper-parameter (learning rate; step size) is the best of a grid on
 streams from the first third of every text; what is reported are other streams, from the rest, one for each seed.
 
 Besides: a map of the Kalman filter's loss over prior variance and noise (`--map`).
@@ -37,8 +37,8 @@ TARGETS = ["q_proj", "v_proj"]
 # Windows of a segment, for each batch size.
 SEGMENT = {1: 32, 8: 96}
 RATES = (2e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
-# Square roots of the process noise; the prior variance follows from it (`variance=None`).
-SCALES = (2e-3, 4e-3, 8e-3, 1.2e-2, 1.6e-2, 3.2e-2)
+# Step sizes; the prior variance follows from them.
+SCALES = (2e-4, 4e-4, 7e-4, 1e-3, 2e-3, 4e-3)
 GRIDS = {
     "frozen": (0.0,),
     "sgd": (3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0),
@@ -111,8 +111,8 @@ def run(model, windows, batch, method, value, seed, more=None):
 def one_pass(model, rows, batch, method, value, seed, more=None):
     """Losses of every batch before it was learned from, and steps with an alarm, in the stock Trainer.
 
-    A Kalman method's value is the square root of its process noise, or its prior variance where there are more
-    arguments; without a value it is the callback as it comes.
+    A Kalman method's value is its step size, or its prior variance where there are more arguments; without a value
+    it is the callback as it comes.
     """
     from transformers import Trainer, TrainingArguments
     from transformers.trainer_callback import PrinterCallback
@@ -127,7 +127,7 @@ def one_pass(model, rows, batch, method, value, seed, more=None):
         if more is not None:
             options |= {"variance": value, **more}
         elif value is not None:
-            options |= {"variance": None, "process_noise": value**2}
+            options |= {"step_size": value}
         callbacks = [KalmanCallback(**options)]
     else:
         optimizer = {

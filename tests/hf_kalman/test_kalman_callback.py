@@ -282,6 +282,24 @@ def test_the_gate_weakens_surprising_steps(tmp_path):
     assert gated["kalman_step_length"] < free["kalman_step_length"]
 
 
+@pytest.mark.parametrize("gate", [None, 0.5])
+def test_the_noise_follows_the_temper_and_not_the_gate(tmp_path, gate):
+    callback = KalmanCallback(step_size=2e-3, temper=3.0, gate=gate, overrides={"norm": {"process_noise": 1e-9}})
+    train(language_model(), tmp_path, callback)
+    assert [group["process_noise"] for group in callback.optimizer.param_groups] == pytest.approx([12e-6, 1e-9])
+    callback = KalmanCallback(process_noise=5e-7, temper=3.0)
+    train(language_model(), tmp_path, callback)
+    assert callback.optimizer.param_groups[0]["process_noise"] == 5e-7
+
+
+def test_a_run_that_diverges_says_so(tmp_path):
+    model = language_model()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("inf"))
+    with pytest.raises(ValueError, match="loss must be finite, got nan: the run has diverged"):
+        train(model, tmp_path, KalmanCallback())
+
+
 def test_a_schedule_scales_the_gain_only_where_it_is_asked_for(tmp_path):
     for schedule, wanted in ((False, [1.0] * 4), (True, [1.0, 0.75, 0.5, 0.25])):
         trainer = train(language_model(), tmp_path, KalmanCallback(schedule=schedule))
@@ -314,6 +332,7 @@ def test_arguments_that_break_the_filter_are_refused(tmp_path, options, message)
     [
         ({"temper": 0.5}, '`temper` must be "auto" or >= 1, got 0.5'),
         ({"temper": "tokens"}, "`temper` must be .* got 'tokens'"),
+        ({"step_size": 0.0}, "`step_size` must be > 0, got 0.0"),
         ({"drift_boost": 0.5}, "`drift_boost` must be >= 1, got 0.5"),
         ({"fisher_every": 0}, "`fisher_every` must be >= 1, got 0"),
         ({"gate": 1.0}, "`gate` must be in \\(0, 1\\) or None, got 1.0"),

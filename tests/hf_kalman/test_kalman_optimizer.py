@@ -197,6 +197,19 @@ def test_a_prior_of_none_is_where_the_filter_settles(structure):
     torch.testing.assert_close(found, wanted, rtol=5e-3, atol=0)
 
 
+@pytest.mark.parametrize("size", [1e-13, 1e-9, 1.0])
+def test_priors_do_not_overflow(size):
+    """A bias that the softmax does not see has factors of 1e-10: as large a step as any other, and no infinity."""
+    weight = torch.nn.Parameter(torch.zeros(4))
+    optimizer = KalmanOptimizer([weight], None, process_noise=1e-6)
+    for _ in range(10):
+        weight.grad = size * torch.ones(4)
+        optimizer.accumulate_fisher()
+        weight.grad = -size * torch.ones(4)
+        optimizer.step()
+    assert torch.isfinite(weight).all() and 5e-3 < weight.max() <= 1.01e-2
+
+
 def test_tensors_behind_a_zero_wait_for_their_prior():
     weight = torch.nn.Parameter(torch.ones(2, 2))
     optimizer = KalmanOptimizer([weight], None, process_noise=1e-4)

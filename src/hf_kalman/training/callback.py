@@ -58,14 +58,16 @@ class KalmanCallback(TrainerCallback):
     the gain. The filter is saved in the checkpoint's `optimizer.pt`, and a resumed run continues bit for bit.
 
     Args:
-        variance: see `KalmanOptimizer`; None lets the filter begin where `process_noise` would bring it.
+        variance: see `KalmanOptimizer`; None lets the filter begin where its process noise would bring it.
         prior_steps: see `KalmanOptimizer`.
         boost: see `KalmanOptimizer`.
         drift_boost: >= 1: what covariances are multiplied by at a drift alarm.
         structure: see `KalmanOptimizer`.
         rank: see `KalmanOptimizer`.
-        process_noise: see `KalmanOptimizer`; the argument that decides most where `variance` is None. Its default is
-            the square of 4e-3.
+        step_size: size of an entry's steps in the long run, in units of the parameter, what a learning rate is to
+            RMSprop; the argument that decides most where `variance` is None. The process noise is its square, times
+            `temper`.
+        process_noise: see `KalmanOptimizer`; in place of `step_size`.
         forgetting: see `KalmanOptimizer`.
         decay: see `KalmanOptimizer`.
         temper: see `KalmanOptimizer`; "auto" lets a sequence count as 16 observations, as tokens of one text depend on
@@ -95,7 +97,8 @@ class KalmanCallback(TrainerCallback):
         drift_boost: float = 1.0,
         structure: str = "diagonal",
         rank: int = 10,
-        process_noise: float = 1.6e-5,
+        step_size: float = 5e-4,
+        process_noise: float | None = None,
         forgetting: float = 1.0,
         decay: float = 0.0,
         temper: float | str = "auto",
@@ -110,6 +113,7 @@ class KalmanCallback(TrainerCallback):
     ) -> None:
         for name, value, fits, wanted in (
             ("temper", temper, temper == "auto" or (not isinstance(temper, str) and temper >= 1), '"auto" or >= 1'),
+            ("step_size", step_size, step_size > 0, "> 0"),
             ("drift_boost", drift_boost, drift_boost >= 1, ">= 1"),
             ("fisher_every", fisher_every, fisher_every >= 1, ">= 1"),
             ("gate", gate, gate is None or 0 < gate < 1, "in (0, 1) or None"),
@@ -122,7 +126,7 @@ class KalmanCallback(TrainerCallback):
             "boost": boost,
             "structure": structure,
             "rank": rank,
-            "process_noise": process_noise,
+            "process_noise": step_size**2 if process_noise is None else process_noise,
             "forgetting": forgetting,
             "decay": decay,
             "noise_memory": noise_memory,
@@ -130,6 +134,7 @@ class KalmanCallback(TrainerCallback):
             "fisher": fisher,
         }
         KalmanOptimizer([nn.Parameter(torch.zeros(1, 1))], **self.options)  # Checks the arguments.
+        self.noise_follows_temper = process_noise is None
         self.temper, self.fisher_every, self.seed, self.drift_boost = temper, fisher_every, seed, drift_boost
         self.bound = None if gate is None else chi_square_quantile(gate)
         self.overrides, self.schedule = dict(overrides or {}), schedule
@@ -245,11 +250,13 @@ class KalmanCallback(TrainerCallback):
         draws = self.options["fisher"] == "sampled" and self.steps % self.fisher_every == 0
         self._reduce(draws)
         loss, entropy, variance, labels, sequences = self.innovation.tolist()
-        temper, standard = self._weigh(loss - entropy, variance, labels, sequences)
+        temper, gate, standard = self._weigh(loss - entropy, variance, labels, sequences)
         # Several processes: their gradients are a mean, and so is that over accumulated batches where it is one.
         scale = 1.0 if self.divided else float(self.batches * self.world)
         for group in self.optimizer.param_groups:
-            group["temper"] = temper
+            group["temper"] = temper * gate
+            if group["noise_follows_temper"]:
+                group["process_noise"] = self.options["process_noise"] * temper
             if self.schedule:
                 ours = self.inner.param_groups[0]
                 group["lr"] = ours["lr"] / ours.get("initial_lr", ours["lr"]) if ours.get("initial_lr", 1) else 0.0
@@ -268,21 +275,21 @@ class KalmanCallback(TrainerCallback):
         if self.drift_alarm:
             self.optimizer.inflate(self.drift_boost)
         length = self.optimizer.step_length.item()
-        for name, value in (("loss", loss), ("nis", standard**2), ("length", length), ("temper", temper)):
+        for name, value in (("loss", loss), ("nis", standard**2), ("length", length), ("temper", temper * gate)):
             self.sums[name] += value
         self.labels += labels
         self.count += 1
         self.steps += 1
         self._forget_batch()
 
-    def _weigh(self, surprise: float, variance: float, labels: float, sequences: float) -> tuple[float, float]:
-        """How many labels of this step count as one observation, and the step's standardised innovation."""
+    def _weigh(self, surprise: float, variance: float, labels: float, sequences: float) -> tuple[float, float, float]:
+        """How many labels of this step count as one, how far the gate weakens it, and its standardised innovation."""
         temper = self.temper
         if isinstance(temper, str):
             temper = max(1.0, labels / max(sequences, 1) / OBSERVATIONS_PER_SEQUENCE)
         standard = surprise / math.sqrt(max(temper * variance, 1e-12))
         gate = 1.0 if self.bound is None else max(1.0, standard**2 / self.bound)
-        return temper * gate, standard
+        return temper, gate, standard
 
     def _reduce(self, draws: bool) -> None:
         """Sums over the processes, of innovations and of factors."""
@@ -302,7 +309,9 @@ class KalmanCallback(TrainerCallback):
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         for parameter in self.parameters:
             key = next((part for part in self.overrides if part in names.get(id(parameter), "")), None)
-            groups.setdefault(key, {"params": [], **(self.overrides[key] if key else {})})["params"].append(parameter)
+            own = self.overrides[key] if key else {}
+            follows = self.noise_follows_temper and "process_noise" not in own
+            groups.setdefault(key, {"params": [], "noise_follows_temper": follows, **own})["params"].append(parameter)
         return list(groups.values())
 
     def _figures(self) -> dict[str, float]:
@@ -386,6 +395,11 @@ def _scale_of(loss: Tensor, total: Tensor, items: Any, labels: int) -> tuple[flo
         ValueError: the loss is no mean of cross-entropies.
     """
     wanted, found = total.item(), loss.detach().float().item()
+    if not (math.isfinite(wanted) and math.isfinite(found)):
+        raise ValueError(
+            f"KalmanCallback: the model's loss must be finite, got {found}: the run has diverged. A smaller `step_size` "
+            "(or `process_noise` or `variance`, where they are given) makes smaller steps; checkpoints are intact."
+        )
     for scale in (None if items is None else float(items), float(labels)):
         if scale is not None and abs(found * scale - wanted) <= 0.02 * abs(wanted) + 1e-6:
             return scale, items is not None

@@ -63,6 +63,8 @@ def sampled_label_loss(
     return -logs.gather(-1, drawn).sum()
 
 
+# Mean square of a Fisher factor below which it says nothing.
+_NO_INFORMATION = 1e-30
 # State of a parameter that is not its belief's.
 _OWN_STATE = {"steps", "row_information", "column_information", "information", "told", "innovations"}
 
@@ -277,7 +279,7 @@ class KalmanOptimizer(torch.optim.Optimizer):
         """
         squares = torch.cat(belief.factors).square().sum(0).reshape(len(state["row_information"]), -1)
         steps, told = group["prior_steps"], state["told"]
-        if told < steps and not squares.any():
+        if told < steps and squares.mean() < _NO_INFORMATION:
             return  # A tensor behind one that is still zero.
         told += 1
         weight = 1 / told.clamp(max=steps)
@@ -288,9 +290,10 @@ class KalmanOptimizer(torch.optim.Optimizer):
         if told > steps and (told % steps != 0 or mean < 4 * state["information"]):
             return
         state["information"].copy_(mean)
-        # Rows and columns that said next to nothing have no say in how far they move.
-        rows, columns = rows.clamp(min=1e-3 * mean), columns.clamp(min=1e-3 * mean)
-        belief.restart((group["process_noise"] * mean / (rows[:, None] * columns)).sqrt().view(belief.shape))
+        # Rows and columns that said next to nothing have no say in how far they move. Shares before their product,
+        # which would underflow for a bias that hardly matters.
+        rows, columns = (rows / mean).clamp(min=1e-3), (columns / mean).clamp(min=1e-3)
+        belief.restart((group["process_noise"] / mean / (rows[:, None] * columns)).sqrt().view(belief.shape))
         belief.inflate(group["boost"])
 
     @torch.no_grad()
