@@ -167,6 +167,9 @@ def main():
     parser.add_argument("--corpus", required=True)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--pieces", type=int, default=450, help="of each class")
+    parser.add_argument(
+        "--features", type=Path, help="file that keeps the features, which take longest, for a next run"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     from transformers import AutoTokenizer
@@ -180,8 +183,13 @@ def main():
     model = load_model(options.model, torch.float32, device).eval()
     found = pieces(options.corpus, options.pieces)
     labels = torch.tensor([label for _, label in found])
-    old = features(model, tokenizer, [text for text, _ in found])
-    new = features(model, tokenizer, [plain(text) for text, _ in found])
+    if options.features is not None and options.features.is_file():
+        old, new = torch.load(options.features, weights_only=True)
+    else:
+        old = features(model, tokenizer, [text for text, _ in found])
+        new = features(model, tokenizer, [plain(text) for text, _ in found])
+        if options.features is not None:
+            torch.save((old, new), options.features)
     data = {seed: split(old, new, labels, seed) for seed in range(options.seeds + 2)}
     result = {"model": "SmolLM2-135M-Instruct (de-quantised Q4_1)", "environment": environment(device)}
     result |= {"fit": FIT, "stream": STREAM, "test": TEST, "search": [], "runs": []}

@@ -314,9 +314,14 @@ class KalmanBayesianHead(nn.Module):
             z, v, own = self._linear(index, *activation[:2])
             kept.append((before, activation, z, v, own))
         score, target, spread = self._observe(z, v, label)
-        for index in reversed(range(len(kept))):
+        # Below the lowest layer that learns nothing has to arrive.
+        lowest = next((index for index, prior in enumerate(self.prior) if prior > 0), len(kept))
+        for index in reversed(range(lowest, len(kept))):
             before, (mu, var, cross), z, v, own = kept[index]
-            z_new, v_new = self._smooth_inputs(index, mu, var, z, v, own, target, spread) if index else (mu, var)
+            if index == lowest:
+                self._smooth_weights(index, mu, z, v, target, spread)
+                break
+            z_new, v_new = self._smooth_inputs(index, mu, var, z, v, own, target, spread)
             self._smooth_weights(index, mu, z, v, target, spread)
             # Back through the ReLU: nothing where it lets nothing through.
             usable = var > 1e-12

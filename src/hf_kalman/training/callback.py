@@ -397,8 +397,9 @@ def _scale_of(loss: Tensor, total: Tensor, items: Any, labels: int) -> tuple[flo
     wanted, found = total.item(), loss.detach().float().item()
     if not (math.isfinite(wanted) and math.isfinite(found)):
         raise ValueError(
-            f"KalmanCallback: the model's loss must be finite, got {found}: the run has diverged. A smaller `step_size` "
-            "(or `process_noise` or `variance`, where they are given) makes smaller steps; checkpoints are intact."
+            f"KalmanCallback: the model's loss must be finite, got {found}: the run has diverged. A smaller "
+            "`step_size` (or `process_noise` or `variance`, where they are given) makes smaller steps; checkpoints are "
+            "intact."
         )
     for scale in (None if items is None else float(items), float(labels)):
         if scale is not None and abs(found * scale - wanted) <= 0.02 * abs(wanted) + 1e-6:
