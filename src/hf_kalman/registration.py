@@ -86,6 +86,6 @@ def _register_peft() -> None:
 
     for name in dir(constants):
         if name.endswith("TO_LORA_TARGET_MODULES_MAPPING"):
-            for config in ARCHITECTURES:
+            for config in (c for c, models in ARCHITECTURES.items() if AutoModelForCausalLM in models):
                 own = _KLA_LORA_TARGETS if config is KLAConfig else []
                 getattr(constants, name)[config.model_type] = [*_LORA_TARGETS, *own]
