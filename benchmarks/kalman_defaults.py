@@ -113,7 +113,8 @@ TASKS = {"bytes": text_bytes, "digits": digits, "sources": sources}
 def measured(task, method, value, seed, corpus, more=None):
     model, rows = TASKS[task](seed, corpus)
     losses, _ = one_pass(model, rows, BATCH, method, value, seed, more)
-    row = {"task": task, "method": method, "value": value, "seed": seed, "loss": statistics.mean(losses)}
+    row = {"task": task, "method": method, "value": value, "seed": seed, "steps": len(losses)}
+    row["loss"] = statistics.mean(losses)
     row = {**row, "last_quarter": statistics.mean(losses[-len(losses) // 4 :]), **({"more": more} if more else {})}
     print(json.dumps(row), flush=True)
     return row
@@ -129,7 +130,7 @@ def main():
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    result = {"environment": environment(), "batch": BATCH, "steps": STEPS, "search": [], "runs": [], "map": []}
+    result = {"environment": environment(), "batch": BATCH, "search": [], "runs": [], "map": []}
     for task in options.tasks:
         for method, grid in GRIDS.items():
             tried = [measured(task, method, value, 0, options.corpus) for value in grid] if len(grid) > 1 else []

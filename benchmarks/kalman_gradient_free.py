@@ -9,7 +9,6 @@ layer, or the same d x d map in front of the head, with AdamW. `cost` compares a
 
 import argparse
 import json
-import math
 import multiprocessing
 import statistics
 import time
@@ -23,8 +22,8 @@ from kalman_streaming import (
     WORKER,
     adapted,
     best_of,
+    figures,
     held_out,
-    recovery,
     start,
     stream,
     summary,
@@ -129,20 +128,13 @@ def job(task):
     own = learner(model, method, value, seed)
     nats = [own.step(window[None].to(model.device)) for _, window, _ in rows]
     seconds = time.perf_counter() - started
-    sizes = [size for _, _, size in rows]
-    bits = [
-        sum(nats[i : i + segment]) / math.log(2) / sum(sizes[i : i + segment]) for i in range(0, len(rows), segment)
-    ]
-    finite = all(map(math.isfinite, nats))
     result = {
         "batch": 1,
         "method": method,
         "value": value,
         "seed": seed,
         "search": search,
-        "bits_per_byte": sum(nats) / math.log(2) / sum(sizes) if finite else None,
-        "segments": bits,
-        "recovery_tokens": recovery([n / (WINDOW - 1) for n in nats], segment, WINDOW),
+        **figures(nats, [size for _, _, size in rows], 1, segment),
     }
     if not search:
         result["held_out"] = held_out(own.finish(), domains)

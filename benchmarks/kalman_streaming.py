@@ -230,11 +230,6 @@ def job(task):
     losses, alarms, adapted_model = run(model, [w for _, w, _ in rows], batch, method, value, seed, more)
     nats = [loss * batch * (WINDOW - 1) for loss in losses]
     sizes = [sum(s for _, _, s in rows[i : i + batch]) for i in range(0, len(rows), batch)]
-    per = segment // batch
-    bits = [
-        sum(nats[i * per : (i + 1) * per]) / math.log(2) / sum(sizes[i * per : (i + 1) * per])
-        for i in range(len(ORDER))
-    ]
     result = {
         "batch": batch,
         "method": method,
@@ -242,9 +237,7 @@ def job(task):
         "seed": seed,
         "search": search,
         **({"more": more} if more else {}),
-        "bits_per_byte": sum(nats) / math.log(2) / sum(sizes) if all(map(math.isfinite, nats)) else None,
-        "segments": bits,
-        "recovery_tokens": recovery(losses, per, batch * WINDOW),
+        **figures(nats, sizes, batch, segment // batch),
         "alarms_at_steps": alarms,
     }
     if not search:
@@ -256,6 +249,20 @@ def job(task):
         flush=True,
     )
     return result
+
+
+def figures(nats, sizes, batch, segment):
+    """Bits per byte of a stream and of its segments, and how soon each was learned; of the batches' nats and bytes."""
+
+    def bits(rows):
+        return sum(nats[rows]) / math.log(2) / sum(sizes[rows])
+
+    losses = [n / (batch * (WINDOW - 1)) for n in nats]
+    return {
+        "bits_per_byte": bits(slice(None)) if all(map(math.isfinite, nats)) else None,
+        "segments": [bits(slice(start, start + segment)) for start in range(0, len(nats), segment)],
+        "recovery_tokens": recovery(losses, segment, batch * WINDOW),
+    }
 
 
 def best_of(rows):

@@ -10,7 +10,8 @@ from collections import deque
 import torch
 from torch import Tensor, nn
 
-from .bayesian_head import HeadPrediction, softmax_moments, with_one
+from .bayesian_head import HeadPrediction, log_of, softmax_moments, with_one
+from .checks import check_ranges
 
 __all__ = ["LastLayerLaplace", "WarmStart"]
 
@@ -39,14 +40,15 @@ class WarmStart(nn.Module):
         steps: int = 5,
     ) -> None:
         super().__init__()
-        for name, value, fits, wanted in (
-            ("memory", memory, memory is None or memory >= 1, ">= 1 or None"),
-            ("optimizer", optimizer, optimizer in ("sgd", "adamw"), "'sgd' or 'adamw'"),
-            ("learning_rate", learning_rate, learning_rate > 0, "> 0"),
-            ("steps", steps, steps >= 1, ">= 1"),
-        ):
-            if not fits:
-                raise ValueError(f"WarmStart: `{name}` must be {wanted}, got {value!r}.")
+        check_ranges(
+            "WarmStart",
+            (
+                ("memory", memory, memory is None or memory >= 1, ">= 1 or None"),
+                ("optimizer", optimizer, optimizer in ("sgd", "adamw"), "'sgd' or 'adamw'"),
+                ("learning_rate", learning_rate, learning_rate > 0, "> 0"),
+                ("steps", steps, steps >= 1, ">= 1"),
+            ),
+        )
         self.linear = nn.Linear(linear.in_features, linear.out_features).to(linear.weight.device)
         with torch.no_grad():
             self.linear.weight.copy_(linear.weight)
@@ -69,17 +71,24 @@ class WarmStart(nn.Module):
             features: (inputs,).
             label: a class.
         """
-        label = torch.as_tensor(label, device=features.device)
-        features = features.detach().float()
-        score = self(features[None]).probabilities[0, label].clamp(min=1e-30).log().item()
-        self.memory.append((features, label))
+        score = log_of(self(features[None]).probabilities[0, label]).item()
+        self.learn(features, label)
+        return score
+
+    def learn(self, features: Tensor, label: Tensor | int) -> None:
+        """Learn one sample.
+
+        Args:
+            features: (inputs,).
+            label: a class.
+        """
+        self.memory.append((features.detach().float(), torch.as_tensor(label, device=features.device)))
         inputs, labels = (torch.stack(parts) for parts in zip(*self.memory, strict=True))
         with torch.enable_grad():
             for _ in range(self.steps):
                 self.optimizer.zero_grad()
                 nn.functional.cross_entropy(self.linear(inputs), labels).backward()
                 self.optimizer.step()
-        return score
 
 
 class LastLayerLaplace(nn.Module):
@@ -123,9 +132,8 @@ class LastLayerLaplace(nn.Module):
             features: (inputs,).
             label: a class.
         """
-        found = self(features[None]).probabilities
-        score = found[0, label].clamp(min=1e-30).log().item()
-        self.trained.filter_step(features, label)
+        score = log_of(self(features[None]).probabilities[0, label]).item()
+        self.trained.learn(features, label)
         with torch.no_grad():
             p = self.trained(features[None]).probabilities
             x = with_one(features.float())

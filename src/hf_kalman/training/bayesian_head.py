@@ -36,11 +36,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .checks import check_ranges
+from .covariance import cap_variances, passage_of_time
 from .drift import chi_square_quantile, log_loss_innovation
 
 __all__ = ["HeadPrediction", "KalmanBayesianHead", "relu_moments", "softmax_moments"]
 
 _COVARIANCES, _SMOOTHINGS = ("full", "diagonal", "shared"), ("messages", "sums")
+_Pair = tuple[Tensor, Tensor]
+_Triple = tuple[Tensor, Tensor, Tensor]
 _LIKELIHOODS, _OUTPUTS = ("categorical", "gaussian"), ("information", "fixed_noise")
 
 
@@ -177,23 +181,25 @@ class KalmanBayesianHead(nn.Module):
         if layers < 1 or min(sizes) < 1:
             raise ValueError(f"KalmanBayesianHead: `sizes` must be at least two widths >= 1, got {tuple(sizes)!r}.")
         variances = [float(variance)] * layers if isinstance(variance, (int, float)) else [float(v) for v in variance]
-        for name, value, fits, wanted in (
-            ("covariance", covariance, covariance in _COVARIANCES, f"one of {_COVARIANCES}"),
-            ("variance", variance, len(variances) == layers and min(variances) >= 0, f">= 0, one or {layers} numbers"),
-            ("likelihood", likelihood, likelihood in _LIKELIHOODS, f"one of {_LIKELIHOODS}"),
-            ("noise_variance", noise_variance, noise_variance > 0, "> 0"),
-            ("output", output, output in _OUTPUTS, f"one of {_OUTPUTS}"),
-            ("iterations", iterations, iterations >= 1, ">= 1"),
-            ("smoothing", smoothing, smoothing in _SMOOTHINGS, f"one of {_SMOOTHINGS}"),
-            ("softmax_order", softmax_order, softmax_order in (1, 2), "1 or 2"),
-            ("process_noise", process_noise, process_noise >= 0, ">= 0"),
-            ("forgetting", forgetting, 0 < forgetting <= 1, "in (0, 1]"),
-            ("decay", decay, 0 <= decay <= 1, "in [0, 1]"),
-            ("gate", gate, gate is None or 0 < gate < 1, "in (0, 1) or None"),
-            ("max_step", max_step, max_step is None or max_step > 0, "> 0 or None"),
-        ):
-            if not fits:
-                raise ValueError(f"KalmanBayesianHead: `{name}` must be {wanted}, got {value!r}.")
+        fitting = len(variances) == layers and min(variances) >= 0
+        check_ranges(
+            "KalmanBayesianHead",
+            (
+                ("covariance", covariance, covariance in _COVARIANCES, f"one of {_COVARIANCES}"),
+                ("variance", variance, fitting, f">= 0, one or {layers} numbers"),
+                ("likelihood", likelihood, likelihood in _LIKELIHOODS, f"one of {_LIKELIHOODS}"),
+                ("noise_variance", noise_variance, noise_variance > 0, "> 0"),
+                ("output", output, output in _OUTPUTS, f"one of {_OUTPUTS}"),
+                ("iterations", iterations, iterations >= 1, ">= 1"),
+                ("smoothing", smoothing, smoothing in _SMOOTHINGS, f"one of {_SMOOTHINGS}"),
+                ("softmax_order", softmax_order, softmax_order in (1, 2), "1 or 2"),
+                ("process_noise", process_noise, process_noise >= 0, ">= 0"),
+                ("forgetting", forgetting, 0 < forgetting <= 1, "in (0, 1]"),
+                ("decay", decay, 0 <= decay <= 1, "in [0, 1]"),
+                ("gate", gate, gate is None or 0 < gate < 1, "in (0, 1) or None"),
+                ("max_step", max_step, max_step is None or max_step > 0, "> 0 or None"),
+            ),
+        )
         self.sizes, self.covariance, self.prior = tuple(sizes), covariance, variances
         self.likelihood, self.noise_variance, self.output = likelihood, noise_variance, output
         self.iterations, self.smoothing, self.softmax_order = iterations, smoothing, softmax_order
@@ -228,14 +234,13 @@ class KalmanBayesianHead(nn.Module):
             ValueError: an unknown `mode`.
         """
         weight = linear.weight.detach().float()
-        bias = torch.zeros(len(weight)) if linear.bias is None else linear.bias.detach().float()
         outputs, inputs = weight.shape
-        bias = bias.to(weight.device)
-        both = torch.cat([weight, bias[:, None]], 1)
+        bias = weight.new_zeros(outputs) if linear.bias is None else linear.bias.detach().float()
 
         def padded(matrix: Tensor, constants: Tensor) -> Tensor:
             return torch.cat([matrix, constants[:, None]], 1)
 
+        both = padded(weight, bias)
         eye = torch.eye(inputs if mode == "copy_negative_inputs" else outputs, device=weight.device)
         if mode == "direct":
             sizes, means = (inputs, outputs), [both]
@@ -267,13 +272,21 @@ class KalmanBayesianHead(nn.Module):
     @torch.no_grad()
     def forward(self, features: Tensor) -> HeadPrediction:
         """What the head says about features (B, inputs)."""
-        z, v = features.float(), torch.zeros_like(features, dtype=torch.float32)
-        for index in range(len(self.sizes) - 1):
-            z, v = (relu_moments(z, v)[:2]) if index else (z, v)
-            z, v = self._linear(index, z, v)[:2]
+        z, v, _ = self._propagate(features)[-1][2]
         if self.likelihood == "gaussian":
             return HeadPrediction(z, v, None, None)
         return HeadPrediction(z, v, *softmax_moments(z, v, self.softmax_order))
+
+    def _propagate(self, features: Tensor) -> list[tuple[_Pair, _Triple, _Triple]]:
+        """Moments on the way up, for every layer: before its ReLU, behind it (`relu_moments`), of its outputs."""
+        z, v = features.float(), torch.zeros_like(features, dtype=torch.float32)
+        kept = []
+        for index in range(len(self.sizes) - 1):
+            before = (z, v)
+            behind = relu_moments(z, v) if index else (z, v, v)
+            z, v, own = self._linear(index, behind[0], behind[1])
+            kept.append((before, behind, (z, v, own)))
+        return kept
 
     def _linear(self, index: int, z: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Means and variances of the outputs (..., N), and the share of the variance that is the weights' own."""
@@ -304,31 +317,17 @@ class KalmanBayesianHead(nn.Module):
         """
         label = self._checked(features, label)
         self._predict()
-        z, v = features.float(), torch.zeros_like(features, dtype=torch.float32)
-        kept = []
-        for index in range(len(self.sizes) - 1):
-            activation = (z, v, torch.zeros_like(v))
-            if index:
-                activation = relu_moments(z, v)
-            before = (z, v)
-            z, v, own = self._linear(index, *activation[:2])
-            kept.append((before, activation, z, v, own))
-        score, target, spread = self._observe(z, v, label)
+        kept = self._propagate(features)
+        score, target, spread = self._observe(kept[-1][2][0], kept[-1][2][1], label)
         # Below the lowest layer that learns nothing has to arrive.
         lowest = next((index for index, prior in enumerate(self.prior) if prior > 0), len(kept))
         for index in reversed(range(lowest, len(kept))):
-            before, (mu, var, cross), z, v, own = kept[index]
-            if index == lowest:
-                self._smooth_weights(index, mu, z, v, target, spread)
-                break
-            z_new, v_new = self._smooth_inputs(index, mu, var, z, v, own, target, spread)
-            self._smooth_weights(index, mu, z, v, target, spread)
-            # Back through the ReLU: nothing where it lets nothing through.
-            usable = var > 1e-12
-            gain = torch.where(usable, cross / var.clamp(min=1e-12), torch.zeros_like(var))
-            target = before[0] + gain * (z_new - mu)
-            spread = (before[1] + gain.square() * (v_new - var)).clamp(min=0)
-            spread = torch.minimum(spread, before[1])
+            before, behind, (z, v, own) = kept[index]
+            new = target, spread
+            if index > lowest:
+                inputs = self._smooth_inputs(index, behind[0], behind[1], z, v, own, *new)
+                target, spread = _back_through_relu(before, behind, inputs)
+            self._smooth_weights(index, behind[0], z, v, *new)
         return score
 
     def _checked(self, features: Tensor, label: Tensor | int) -> Tensor:
@@ -352,9 +351,8 @@ class KalmanBayesianHead(nn.Module):
         return label
 
     def _predict(self) -> None:
-        scale = (1 - self.decay) / self.forgetting
         for index, prior in enumerate(self.prior):
-            shift = self.decay * prior / self.forgetting + self.process_noise
+            scale, shift = passage_of_time(prior, self.process_noise, self.forgetting, self.decay)
             if prior == 0 or (scale, shift) == (1.0, 0.0):
                 continue
             own = self._covariance(index)
@@ -362,11 +360,9 @@ class KalmanBayesianHead(nn.Module):
                 own.mul_(scale).add_(shift)
                 own.clamp_(max=prior) if self.forgetting < 1 else None
                 continue
-            diagonal = own.mul_(scale).diagonal(dim1=-2, dim2=-1)
-            diagonal.add_(shift)
+            own.mul_(scale).diagonal(dim1=-2, dim2=-1).add_(shift)
             if self.forgetting < 1:
-                over = (prior / diagonal).clamp(max=1).sqrt()
-                own.mul_(over[..., :, None] * over[..., None, :])
+                cap_variances(own, prior)
 
     def _observe(self, z: Tensor, v: Tensor, label: Tensor) -> tuple[float, Tensor, Tensor]:
         """Log-likelihood of the label, and the outputs' corrected means and variances."""
@@ -379,7 +375,7 @@ class KalmanBayesianHead(nn.Module):
             return score, z + self._limited(gain * error, v), v - gain * v
         p = z.softmax(-1)
         predictive = softmax_moments(z, v, self.softmax_order)[0]
-        score = predictive[label].clamp(min=1e-30).log().item()
+        score = log_of(predictive[label]).item()
         error = -p
         error[label] += 1
         if self.output == "fixed_noise":
@@ -494,6 +490,20 @@ def _categorical_solve(p: Tensor, v: Tensor, right: Tensor, weight: float) -> tu
     d = v / shrink
     turned, rest = d * p, weight / (p / shrink).sum()
     return d * right + turned * (rest * (turned @ right)), d + rest * turned.square()
+
+
+def _back_through_relu(before: _Pair, behind: _Triple, corrected: _Pair) -> _Pair:
+    """Corrected moments before a ReLU from those behind it; nothing comes back where it lets nothing through."""
+    mean, variance, cross = behind
+    gain = torch.where(variance > 1e-12, cross / variance.clamp(min=1e-12), torch.zeros_like(variance))
+    target = before[0] + gain * (corrected[0] - mean)
+    spread = (before[1] + gain.square() * (corrected[1] - variance)).clamp(min=0)
+    return target, torch.minimum(spread, before[1])
+
+
+def log_of(probabilities: Tensor) -> Tensor:
+    """Logarithms of probabilities, of 1e-30 where they have underflowed."""
+    return probabilities.clamp(min=1e-30).log()
 
 
 def with_one(z: Tensor) -> Tensor:

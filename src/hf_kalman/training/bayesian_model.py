@@ -18,7 +18,7 @@ from transformers import (
 from transformers.utils import logging
 from transformers.utils.generic import ModelOutput
 
-from .bayesian_head import KalmanBayesianHead
+from .bayesian_head import KalmanBayesianHead, log_of
 
 __all__ = [
     "KalmanBayesianConfig",
@@ -164,7 +164,7 @@ class _KalmanBayesianClassifier(PreTrainedModel):
             inputs: of the classifier.
         """
         found = self.head(self.features(**inputs))
-        logits = found.probabilities.clamp(min=1e-30).log()
+        logits = log_of(found.probabilities)
         loss = None
         if labels is not None:
             loss = nn.functional.nll_loss(logits.flatten(0, -2), labels.flatten(), ignore_index=-100)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
+from .checks import check_ranges
 from .drift import DriftDetector, chi_square_quantile, log_loss_innovation
 from .optimizer import KalmanOptimizer, sampled_label_loss
 
@@ -111,15 +112,16 @@ class KalmanCallback(TrainerCallback):
         schedule: bool = False,
         seed: int | None = None,
     ) -> None:
-        for name, value, fits, wanted in (
-            ("temper", temper, temper == "auto" or (not isinstance(temper, str) and temper >= 1), '"auto" or >= 1'),
-            ("step_size", step_size, step_size > 0, "> 0"),
-            ("drift_boost", drift_boost, drift_boost >= 1, ">= 1"),
-            ("fisher_every", fisher_every, fisher_every >= 1, ">= 1"),
-            ("gate", gate, gate is None or 0 < gate < 1, "in (0, 1) or None"),
-        ):
-            if not fits:
-                raise ValueError(f"KalmanCallback: `{name}` must be {wanted}, got {value!r}.")
+        check_ranges(
+            "KalmanCallback",
+            (
+                ("temper", temper, temper == "auto" or (not isinstance(temper, str) and temper >= 1), '"auto" or >= 1'),
+                ("step_size", step_size, step_size > 0, "> 0"),
+                ("drift_boost", drift_boost, drift_boost >= 1, ">= 1"),
+                ("fisher_every", fisher_every, fisher_every >= 1, ">= 1"),
+                ("gate", gate, gate is None or 0 < gate < 1, "in (0, 1) or None"),
+            ),
+        )
         self.options = {
             "variance": variance,
             "prior_steps": prior_steps,
@@ -199,7 +201,8 @@ class KalmanCallback(TrainerCallback):
 
     def _forget_batch(self) -> None:
         self.factors: list[Tensor | None] = [None] * len(self.parameters)
-        self.innovation, self.batches, self.divided, self.sequences = None, 0, False, 0
+        self.innovation, self.batches, self.divided = None, 0, False
+        self.draws = self.options["fisher"] == "sampled" and self.steps % self.fisher_every == 0
 
     def _observe(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """After a forward pass of training: innovation, Fisher factor, and a loss whose gradient is the sum's."""
@@ -213,12 +216,11 @@ class KalmanCallback(TrainerCallback):
             )
         logits, wanted = self._align(output.logits, labels)
         kept = wanted != -100
-        moments = log_loss_innovation(logits.detach()[kept], wanted[kept])
-        scale, self.divided = _scale_of(output.loss, moments[0], kwargs.get("num_items_in_batch"), int(kept.sum()))
-        count = torch.tensor([kept.sum(), len(wanted)], dtype=torch.float64, device=moments.device)
-        moments = torch.cat([moments, count])
+        moments, count = log_loss_innovation(logits.detach()[kept], wanted[kept]), int(kept.sum())
+        scale, self.divided = _scale_of(output.loss, moments[0], kwargs.get("num_items_in_batch"), count)
+        moments = torch.cat([moments, moments.new_tensor([count, len(wanted)])])
         self.innovation = moments if self.innovation is None else self.innovation + moments
-        if self.options["fisher"] == "sampled" and self.steps % self.fisher_every == 0:
+        if self.draws:
             self._draw(logits, wanted, kept)
         self.batches += 1
         output["loss"] = _Scaled.apply(output.loss, scale)
@@ -247,8 +249,7 @@ class KalmanCallback(TrainerCallback):
         """What the Trainer calls as its optimizer's step."""
         self.inner._opt_called = True  # Schedules warn when they see no step.
         assert self.optimizer is not None and self.innovation is not None
-        draws = self.options["fisher"] == "sampled" and self.steps % self.fisher_every == 0
-        self._reduce(draws)
+        self._reduce()
         loss, entropy, variance, labels, sequences = self.innovation.tolist()
         temper, gate, standard = self._weigh(loss - entropy, variance, labels, sequences)
         # Several processes: their gradients are a mean, and so is that over accumulated batches where it is one.
@@ -258,8 +259,7 @@ class KalmanCallback(TrainerCallback):
             if group["noise_follows_temper"]:
                 group["process_noise"] = self.options["process_noise"] * temper
             if self.schedule:
-                ours = self.inner.param_groups[0]
-                group["lr"] = ours["lr"] / ours.get("initial_lr", ours["lr"]) if ours.get("initial_lr", 1) else 0.0
+                group["lr"] = self._schedule_factor()
         for parameter, row in zip(self.parameters, self.factors, strict=True):
             if parameter.grad is None:
                 continue
@@ -267,7 +267,7 @@ class KalmanCallback(TrainerCallback):
                 parameter.grad.mul_(scale)
             if self.options["fisher"] == "sampled":
                 empty = parameter.grad.new_zeros(0, *parameter.shape)
-                own = row[None] * math.sqrt(self.fisher_every) if draws and row is not None else empty
+                own = row[None] * math.sqrt(self.fisher_every) if row is not None else empty
                 self.optimizer.beliefs[parameter].accumulate(own)
         self.optimizer.step()
         self.drift_alarm = self.drift.update(standard)
@@ -282,6 +282,12 @@ class KalmanCallback(TrainerCallback):
         self.steps += 1
         self._forget_batch()
 
+    def _schedule_factor(self) -> float:
+        """The Trainer's learning rate over what its schedule began with."""
+        ours = self.inner.param_groups[0]
+        start = ours.get("initial_lr", ours["lr"])
+        return ours["lr"] / start if start else 0.0
+
     def _weigh(self, surprise: float, variance: float, labels: float, sequences: float) -> tuple[float, float, float]:
         """How many labels of this step count as one, how far the gate weakens it, and its standardised innovation."""
         temper = self.temper
@@ -291,12 +297,12 @@ class KalmanCallback(TrainerCallback):
         gate = 1.0 if self.bound is None else max(1.0, standard**2 / self.bound)
         return temper, gate, standard
 
-    def _reduce(self, draws: bool) -> None:
+    def _reduce(self) -> None:
         """Sums over the processes, of innovations and of factors."""
         if self.world == 1:
             return
         dist.all_reduce(self.innovation)
-        for index, parameter in enumerate(self.parameters if draws else ()):
+        for index, parameter in enumerate(self.parameters if self.draws else ()):
             own = self.factors[index]
             own = torch.zeros(parameter.shape, device=parameter.device) if own is None else own
             dist.all_reduce(own)

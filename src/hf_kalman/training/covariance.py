@@ -38,6 +38,17 @@ __all__ = [
 _CEILING = 100.0
 
 
+def passage_of_time(prior: Any, process_noise: float, forgetting: float, decay: float) -> tuple[float, Any]:
+    """(a, b) of P <- a P + b I = ((1 - decay) P + decay P_0) / forgetting + process_noise, for P_0 = `prior` I."""
+    return (1 - decay) / forgetting, decay * prior / forgetting + process_noise
+
+
+def cap_variances(covariance: Tensor, prior: float) -> None:
+    """Shrink, in place, directions of (..., n, n) in which a variance exceeds the prior's; it stays positive."""
+    over = (prior / covariance.diagonal(dim1=-2, dim2=-1)).clamp(max=1).sqrt()
+    covariance.mul_(over[..., :, None] * over[..., None, :])
+
+
 class Covariance(ABC):
     """Belief about one parameter tensor: the interface of all structures.
 
@@ -87,12 +98,9 @@ class Covariance(ABC):
         ):
             if not fits:
                 raise ValueError(f"{type(self).__name__}.predict: `{name}` is out of its range, got {value!r}.")
-        scale = (1 - decay) / forgetting
-        if self.prior is not None and decay:
-            self._predict(scale, decay * self.prior / forgetting + process_noise)
-            return
-        shift = decay * self.prior_variance / forgetting + process_noise
-        if (scale, shift) != (1.0, 0.0):
+        prior = self.prior_variance if self.prior is None or not decay else self.prior
+        scale, shift = passage_of_time(prior, process_noise, forgetting, decay)
+        if isinstance(shift, Tensor) or (scale, shift) != (1.0, 0.0):
             self._predict(scale, shift)
 
     @torch.no_grad()

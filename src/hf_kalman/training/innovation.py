@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from kalman_kernels.numerics import widen
 
+from .checks import check_ranges
 from .covariance import STRUCTURES, Covariance
 
 __all__ = ["InnovationReport", "InnovationTuner"]
@@ -101,16 +102,17 @@ class InnovationTuner:
         max_step: float | None = None,
         seed: int = 0,
     ) -> None:
-        for name, value, fits, wanted in (
-            ("structure", structure, structure in STRUCTURES, f"one of {tuple(STRUCTURES)}"),
-            ("rule", rule, rule in _RULES, f"one of {_RULES}"),
-            ("carry", carry, carry in _CARRIES, f"one of {_CARRIES}"),
-            ("temper", temper, temper >= 1, ">= 1"),
-            ("output_variance", output_variance, output_variance > 0, "> 0"),
-            ("max_step", max_step, max_step is None or max_step > 0, "> 0 or None"),
-        ):
-            if not fits:
-                raise ValueError(f"InnovationTuner: `{name}` must be {wanted}, got {value!r}.")
+        check_ranges(
+            "InnovationTuner",
+            (
+                ("structure", structure, structure in STRUCTURES, f"one of {tuple(STRUCTURES)}"),
+                ("rule", rule, rule in _RULES, f"one of {_RULES}"),
+                ("carry", carry, carry in _CARRIES, f"one of {_CARRIES}"),
+                ("temper", temper, temper >= 1, ">= 1"),
+                ("output_variance", output_variance, output_variance > 0, "> 0"),
+                ("max_step", max_step, max_step is None or max_step > 0, "> 0 or None"),
+            ),
+        )
         self.model, self.rule, self.carry, self.temper, self.max_step = model, rule, carry, temper, max_step
         self.output_variance = output_variance
         self.time = {"process_noise": process_noise, "forgetting": forgetting, "decay": decay}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kalman_kernels.numerics import widen
 
+from .checks import check_ranges
 from .covariance import STRUCTURES, Covariance
 
 __all__ = ["KalmanOptimizer", "sampled_label_loss"]
@@ -355,17 +356,23 @@ def _check(group: dict[str, Any]) -> None:
             f"KalmanOptimizer: `process_noise` must be > 0 with variance=None, got {group['process_noise']!r}: the "
             "variance is estimated from it."
         )
-    for name, fits, wanted in (
-        ("prior_steps", group["prior_steps"] >= 1, ">= 1"),
-        ("boost", group["boost"] >= 1, ">= 1"),
-        ("temper", group["temper"] >= 1, ">= 1"),
-        ("gradient_scale", group["gradient_scale"] > 0, "> 0"),
-        ("noise_memory", group["noise_memory"] is None or 0 <= group["noise_memory"] < 1, "in [0, 1) or None"),
-        ("max_step", group["max_step"] is None or group["max_step"] > 0, "> 0 or None"),
-        ("lr", group["lr"] >= 0, ">= 0"),
-        ("process_noise", group["process_noise"] >= 0, ">= 0"),
-        ("forgetting", 0 < group["forgetting"] <= 1, "in (0, 1]"),
-        ("decay", 0 <= group["decay"] <= 1, "in [0, 1]"),
-    ):
-        if not fits:
-            raise ValueError(f"KalmanOptimizer: `{name}` must be {wanted}, got {group[name]!r}.")
+    check_ranges(
+        "KalmanOptimizer",
+        (
+            ("prior_steps", group["prior_steps"], group["prior_steps"] >= 1, ">= 1"),
+            ("boost", group["boost"], group["boost"] >= 1, ">= 1"),
+            ("temper", group["temper"], group["temper"] >= 1, ">= 1"),
+            ("gradient_scale", group["gradient_scale"], group["gradient_scale"] > 0, "> 0"),
+            (
+                "noise_memory",
+                group["noise_memory"],
+                group["noise_memory"] is None or 0 <= group["noise_memory"] < 1,
+                "in [0, 1) or None",
+            ),
+            ("max_step", group["max_step"], group["max_step"] is None or group["max_step"] > 0, "> 0 or None"),
+            ("lr", group["lr"], group["lr"] >= 0, ">= 0"),
+            ("process_noise", group["process_noise"], group["process_noise"] >= 0, ">= 0"),
+            ("forgetting", group["forgetting"], 0 < group["forgetting"] <= 1, "in (0, 1]"),
+            ("decay", group["decay"], 0 <= group["decay"] <= 1, "in [0, 1]"),
+        ),
+    )

@@ -32,6 +32,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
+from .checks import check_ranges
+from .covariance import cap_variances, passage_of_time
+
 __all__ = [
     "KalmanWorldModel",
     "KalmanWorldModelConfig",
@@ -78,21 +81,22 @@ class KalmanWorldModelConfig(PreTrainedConfig):
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
-        for name, value, fits, wanted in (
-            ("observation_size", observation_size, observation_size >= 1, ">= 1"),
-            ("action_size", action_size, action_size >= 0, ">= 0"),
-            ("lags", lags, lags >= 1, ">= 1"),
-            ("num_features", num_features, num_features >= 0, ">= 0"),
-            ("calibration_steps", calibration_steps, calibration_steps >= 2, ">= 2"),
-            ("prior_variance", prior_variance, prior_variance > 0, "> 0"),
-            ("process_noise", process_noise, process_noise >= 0, ">= 0"),
-            ("forgetting", forgetting, 0 < forgetting <= 1, "in (0, 1]"),
-            ("decay", decay, 0 <= decay <= 1, "in [0, 1]"),
-            ("observation_share", observation_share, 0 <= observation_share < 1, "in [0, 1)"),
-            ("noise_memory", noise_memory, noise_memory >= 1, ">= 1"),
-        ):
-            if not fits:
-                raise ValueError(f"KalmanWorldModelConfig: `{name}` must be {wanted}, got {value!r}.")
+        check_ranges(
+            "KalmanWorldModelConfig",
+            (
+                ("observation_size", observation_size, observation_size >= 1, ">= 1"),
+                ("action_size", action_size, action_size >= 0, ">= 0"),
+                ("lags", lags, lags >= 1, ">= 1"),
+                ("num_features", num_features, num_features >= 0, ">= 0"),
+                ("calibration_steps", calibration_steps, calibration_steps >= 2, ">= 2"),
+                ("prior_variance", prior_variance, prior_variance > 0, "> 0"),
+                ("process_noise", process_noise, process_noise >= 0, ">= 0"),
+                ("forgetting", forgetting, 0 < forgetting <= 1, "in (0, 1]"),
+                ("decay", decay, 0 <= decay <= 1, "in [0, 1]"),
+                ("observation_share", observation_share, 0 <= observation_share < 1, "in [0, 1)"),
+                ("noise_memory", noise_memory, noise_memory >= 1, ">= 1"),
+            ),
+        )
         self.observation_size, self.action_size, self.lags = observation_size, action_size, lags
         self.num_features, self.feature_scale, self.calibration_steps = num_features, feature_scale, calibration_steps
         self.prior_variance, self.process_noise = prior_variance, process_noise
@@ -319,15 +323,13 @@ class KalmanWorldModel(PreTrainedModel):
 
     def _predict_weights(self, learn: bool) -> None:
         config = self.config
-        scale, shift = (1 - config.decay) / config.forgetting, config.decay * config.prior_variance / config.forgetting
-        shift += config.process_noise
+        scale, shift = passage_of_time(config.prior_variance, config.process_noise, config.forgetting, config.decay)
         if not learn or (scale, shift) == (1.0, 0.0):
             return
         self.covariance.mul_(scale).diagonal().add_(shift)
         if config.forgetting < 1:
-            # Without excitation a variance would grow for ever: directions are shrunk where one exceeds the prior's.
-            over = (config.prior_variance / self.covariance.diagonal()).clamp(max=1).sqrt()
-            self.covariance.mul_(over[:, None] * over)
+            # Without excitation a variance would grow for ever.
+            cap_variances(self.covariance, config.prior_variance)
 
     def _learn(self, phi: Tensor, spread: Tensor, innovation: Tensor) -> None:
         direction = self.covariance @ phi
