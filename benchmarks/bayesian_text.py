@@ -14,6 +14,7 @@ Ten seeds draw pieces and order; each method's one hyper-parameter is the best o
 import argparse
 import gzip
 import json
+import multiprocessing
 import random
 import re
 import statistics
@@ -139,8 +140,11 @@ def tested(model, test):
     return {"accuracy": right, "nll": -p[range(len(p)), test[1]].clamp(min=1e-30).log().mean().item()}
 
 
-def run(method, value, data, seed, setting="plain"):
-    linear, stream, old, new = data
+DATA = {}
+
+
+def run(method, value, seed, setting="plain"):
+    linear, stream, old, new = DATA[seed]
     model, scores, along = METHODS[method][1](linear, value), [], {}
     stream = changed(stream, setting, seed)
     seconds = 0.0
@@ -166,6 +170,7 @@ def main():
     parser.add_argument("model")
     parser.add_argument("--corpus", required=True)
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--pieces", type=int, default=450, help="of each class")
     parser.add_argument(
         "--features", type=Path, help="file that keeps the features, which take longest, for a next run"
@@ -190,18 +195,26 @@ def main():
         new = features(model, tokenizer, [plain(text) for text, _ in found])
         if options.features is not None:
             torch.save((old, new), options.features)
-    data = {seed: split(old, new, labels, seed) for seed in range(options.seeds + 2)}
+    DATA.update({seed: split(old, new, labels, seed) for seed in range(options.seeds + 2)})
     result = {"model": "SmolLM2-135M-Instruct (de-quantised Q4_1)", "environment": environment(device)}
     result |= {"fit": FIT, "stream": STREAM, "test": TEST, "search": [], "runs": []}
-    for method, (grid, _) in METHODS.items():
-        tried = [run(method, value, data[seed], seed) for value in grid for seed in (0, 1)]
-        best = min(grid, key=lambda v: sum(r["new"]["nll"] for r in tried if r["value"] == v))
-        result["search"] += [{k: v for k, v in row.items() if k != "along"} for row in tried]
-        own = [run(method, best, data[s], s, setting) for setting in SETTINGS for s in range(2, options.seeds + 2)]
-        result["runs"] += own
+    # Forked, for the data to be there; nothing of theirs is on the GPU.
+    with multiprocessing.get_context("fork").Pool(options.jobs) as pool:
+        searches = [(m, v, s) for m, (grid, _) in METHODS.items() for v in grid for s in (0, 1)]
+        tried = pool.starmap(run, searches, chunksize=1)
+        best = {
+            m: min(grid, key=lambda v: sum(r["new"]["nll"] for r in tried if (r["method"], r["value"]) == (m, v)))
+            for m, (grid, _) in METHODS.items()
+        }
+        result["search"] = [{k: v for k, v in row.items() if k != "along"} for row in tried]
+        seeds = range(2, options.seeds + 2)
+        tasks = [(m, best[m], s, setting) for m in METHODS for setting in SETTINGS for s in seeds]
+        result["runs"] = pool.starmap(run, tasks, chunksize=1)
+    for method in METHODS:
+        own = [row for row in result["runs"] if row["method"] == method]
         for setting in SETTINGS:
             rows = [row for row in own if row["setting"] == setting]
-            row = {"method": method, "value": best, "setting": setting}
+            row = {"method": method, "value": best[method], "setting": setting}
             for name, values in {
                 "new_accuracy": [r["new"]["accuracy"] for r in rows],
                 "new_nll": [r["new"]["nll"] for r in rows],
@@ -213,7 +226,7 @@ def main():
                 row |= {name: round(statistics.mean(values), 4), f"{name}_95": round(error, 4)}
             result.setdefault("summary", []).append(row)
             print(json.dumps({k: v for k, v in row.items() if not k.endswith("_95")}), flush=True)
-        write("bayesian_text", result, options.output)
+    write("bayesian_text", result, options.output)
 
 
 if __name__ == "__main__":

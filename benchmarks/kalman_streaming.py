@@ -265,6 +265,13 @@ def figures(nats, sizes, batch, segment):
     }
 
 
+def key(task):
+    """What tells a run from another; of a task or of its row."""
+    if isinstance(task, dict):
+        task = (task["batch"], task["method"], task["value"], task["seed"])
+    return tuple(task[:4])
+
+
 def best_of(rows):
     usable = [row for row in rows if row["bits_per_byte"] is not None]
     return min(usable, key=lambda row: row["bits_per_byte"])["value"]
@@ -303,6 +310,7 @@ def main():
     parser.add_argument("--segment", type=int, help="windows of a segment, for a short run")
     parser.add_argument("--map", action="store_true", help="only the map over variance and noise")
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which nothing new is begun")
+    parser.add_argument("--resume", action="store_true", help="go on with what the file in --output has")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     devices, context = torch.cuda.device_count(), multiprocessing.get_context("spawn")
@@ -314,15 +322,20 @@ def main():
         "window": WINDOW,
         "segments": {b: options.segment or SEGMENT[b] for b in options.batches},
     }
+    file = options.output / "kalman_streaming.json"
+    kept = json.loads(file.read_text()) if options.resume and file.is_file() else {}
+    kept = {name: {key(row): row for row in kept.get(name, [])} for name in ("search", "runs")}
+    result["segments"] |= {b: SEGMENT[b] for rows in kept.values() for b, *_ in rows}
     with context.Pool(options.jobs, start, (options.model, options.corpus, devices, counter)) as pool:
 
-        def rows(tasks):
-            found = []
-            for row in pool.imap_unordered(job, tasks):
-                found.append(row)
+        def rows(tasks, done=None):
+            """Those of the tasks that are not done, and all that is done."""
+            done = {} if done is None else done
+            for row in pool.imap_unordered(job, [t for t in tasks if key(t) not in done]):
+                done[key(row)] = row
                 if time.perf_counter() - started > options.limit:
                     break
-            return found
+            return list(done.values())
 
         def length(batch):
             return options.segment or SEGMENT[batch]
@@ -335,7 +348,8 @@ def main():
         # The slowest first, for the processes to end together.
         order = sorted(options.methods, key=lambda m: "low_rank" not in m)
         result["search"] = rows(
-            [(b, m, v, 0, True, None, length(b)) for b in options.batches for m in order for v in GRIDS[m]]
+            [(b, m, v, 0, True, None, length(b)) for b in options.batches for m in order for v in GRIDS[m]],
+            kept["search"],
         )
         searched = {
             (b, m): [r for r in result["search"] if (r["batch"], r["method"]) == (b, m)]
@@ -352,7 +366,8 @@ def main():
                 for m in order
                 if (b, m) in chosen
                 for s in range(1, options.seeds + 1)
-            ]
+            ],
+            kept["runs"],
         )
         result["summary"] = summary(result["runs"])
         write("kalman_streaming", result, options.output)

@@ -178,7 +178,7 @@ def test_noise_follows_the_innovations():
 def test_a_prior_of_none_is_where_the_filter_settles(structure):
     """Stationary from the first step, at sqrt(q / i), for information that is a product of rows and columns."""
     torch.manual_seed(8)
-    noise, rows, columns = 1e-6, torch.tensor([0.5, 2.0]), torch.tensor([1.0, 0.2, 3.0])
+    noise, rows, columns = 1e-6, torch.tensor([0.9, 1.2]), torch.tensor([1.0, 0.8, 1.4])
     information = (rows[:, None] * columns).square()
     weight = torch.nn.Parameter(torch.zeros(2, 3))
     optimizer = KalmanOptimizer([weight], None, structure=structure, process_noise=noise, prior_steps=3)
@@ -195,6 +195,17 @@ def test_a_prior_of_none_is_where_the_filter_settles(structure):
     found = optimizer.variances()[weight]
     # After an update: below sqrt(q / i) by half of q; 1e-3 of it here.
     torch.testing.assert_close(found, wanted, rtol=5e-3, atol=0)
+
+
+def test_a_row_that_says_little_does_not_move_furthest():
+    """A row with a millionth of the others' information begins as if it had three tenths of the mean."""
+    weight = torch.nn.Parameter(torch.zeros(4, 1))
+    optimizer = KalmanOptimizer([weight], None, process_noise=1e-6, prior_steps=1)
+    optimizer.beliefs[weight].accumulate(torch.tensor([1.0, 1.0, 1.0, 1e-3]).view(1, 4, 1))
+    weight.grad = torch.zeros(4, 1)
+    optimizer.step()
+    prior = optimizer.beliefs[weight].prior.flatten()
+    torch.testing.assert_close(prior[3] / prior[0], torch.tensor((1.0 / 0.75 / 0.3) ** 0.5))
 
 
 @pytest.mark.parametrize("size", [1e-13, 1e-9, 1.0])

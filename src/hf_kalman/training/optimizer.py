@@ -66,6 +66,9 @@ def sampled_label_loss(
 
 # Mean square of a Fisher factor below which it says nothing.
 _NO_INFORMATION = 1e-30
+# Rows and columns that say less than that share of the mean get the prior of that share. What no early sample has
+# seen (rare tokens, inputs that are 0) would otherwise move furthest: a small BERT then stays at chance.
+_LEAST_SHARE = 0.3
 # State of a parameter that is not its belief's.
 _OWN_STATE = {"steps", "row_information", "column_information", "information", "told", "innovations"}
 
@@ -291,9 +294,8 @@ class KalmanOptimizer(torch.optim.Optimizer):
         if told > steps and (told % steps != 0 or mean < 4 * state["information"]):
             return
         state["information"].copy_(mean)
-        # Rows and columns that said next to nothing have no say in how far they move. Shares before their product,
-        # which would underflow for a bias that hardly matters.
-        rows, columns = (rows / mean).clamp(min=1e-3), (columns / mean).clamp(min=1e-3)
+        # Shares before their product, which would underflow for a bias that hardly matters.
+        rows, columns = (rows / mean).clamp(min=_LEAST_SHARE), (columns / mean).clamp(min=_LEAST_SHARE)
         belief.restart((group["process_noise"] / mean / (rows[:, None] * columns)).sqrt().view(belief.shape))
         belief.inflate(group["boost"])
 
