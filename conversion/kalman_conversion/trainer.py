@@ -155,7 +155,10 @@ def training_arguments(
         "use_cpu": device.type == "cpu",
         "disable_tqdm": not progress,
     }
-    return TrainingArguments(**{**own, **more})
+    arguments = TrainingArguments(**{**own, **more})
+    # One process, one GPU: the host would spread a batch of that size to each GPU that it sees, by threads.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 @contextmanager

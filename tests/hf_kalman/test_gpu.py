@@ -60,6 +60,22 @@ def test_half_precision_training_step(dtype, tmp_path):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernels_run_where_their_inputs_are(shape, dtype):
+    """On the second GPU while the first is the current one, as for the later layers of a spread model."""
+    ids, found = tokens(2, 70), []
+    for device in ("cuda:0", "cuda:1"):
+        model = tiny_model(SHAPES[shape]).to(device, dtype).train()
+        loss = model(ids.to(device), labels=ids.to(device)).loss
+        loss.backward()
+        generated = model.eval().generate(ids.to(device), do_sample=False, max_new_tokens=8)
+        found.append([loss.detach().cpu(), generated.cpu(), *(p.grad.cpu() for p in model.parameters())])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("structure", ["diagonal", "block", "kronecker", "low_rank", "full"])
 def test_a_filter_on_a_gpu_is_that_on_the_cpu(structure):
     from hf_kalman.training import KalmanOptimizer

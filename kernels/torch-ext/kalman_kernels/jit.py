@@ -1,14 +1,46 @@
-"""What jitted functions of several operators share."""
+"""What the Triton kernels of several operators share, on the host and on the device."""
 
 # Triton turns annotations and defaults of jitted functions into objects of its own.
 # pyright: reportArgumentType=false
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-__all__ = ["long"]
+__all__ = ["long", "on_own_device"]
+
+P, R = ParamSpec("P"), TypeVar("R")
+
+
+def on_own_device(function: Callable[P, R]) -> Callable[P, R]:
+    """Launch the kernels of a function on the device of its first tensor.
+
+    Triton launches on the current device, which is another one where a model is spread over several: kernels would then
+    read memory that nothing orders their reads with.
+    """
+
+    @functools.wraps(function)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.cuda.device_of(_first_tensor([*args, *kwargs.values()])):
+            return function(*args, **kwargs)
+
+    return guarded
+
+
+def _first_tensor(values) -> Tensor | None:
+    """Depth first, through tuples and lists."""
+    for value in values:
+        found = value if isinstance(value, Tensor) else _first_tensor(value) if isinstance(value, tuple) else None
+        if found is not None:
+            return found
+    return None
 
 
 @triton.jit

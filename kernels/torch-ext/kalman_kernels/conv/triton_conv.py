@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import INTERPRETED
+from ..jit import on_own_device
 
 __all__ = ["conv_triton_backward", "conv_triton_forward"]
 
@@ -243,6 +244,7 @@ def _sizes(inputs: Tensor, unit_width: int) -> tuple[int, int, int, int]:
     )
 
 
+@on_own_device
 def conv_triton_forward(
     inputs: Tensor, weight: Tensor, past: Tensor | None, numbers: Tensor | None, silu: bool, unit_width: int
 ) -> Tensor:
@@ -272,6 +274,7 @@ def conv_triton_forward(
     return outputs
 
 
+@on_own_device
 def conv_triton_backward(
     inputs: Tensor,
     weight: Tensor,

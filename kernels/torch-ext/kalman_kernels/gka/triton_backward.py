@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..jit import long
+from ..jit import long, on_own_device
 from .reference import GKASolver
 from .triton_common import (
     carries,
@@ -793,6 +793,7 @@ def inner_kernel(
 ANCHOR = 4
 
 
+@on_own_device
 def gka_triton_backward(
     inputs: TritonInputs,
     initial: tuple[Tensor, Tensor] | None,

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..jit import long
+from ..jit import long, on_own_device
 from .reference import GKASolver
 from .triton_common import (
     METHODS,
@@ -667,6 +667,7 @@ def method(solver: GKASolver) -> int:
     return METHODS["none" if solver.iterations == 0 else solver.method]
 
 
+@on_own_device
 def gka_triton_forward(
     inputs: TritonInputs, initial: tuple[Tensor, Tensor] | None, solver: GKASolver, scale: float, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..jit import long
+from ..jit import long, on_own_device
 from .mixer import MixerInputs, MixerOptions
 from .reference import GKASolver
 from .triton_common import TOLERANCE, filled
@@ -348,6 +348,7 @@ WARPS = {16: 1, 32: 1, 64: 2, 128: 4}
 HALF_STEP_TOLERANCE = 1e-7
 
 
+@on_own_device
 def gka_triton_step(
     inputs: TritonInputs,
     state: tuple[Tensor, Tensor],
@@ -388,6 +389,7 @@ def gka_triton_step(
     return outputs, *after, *trail
 
 
+@on_own_device
 def gka_triton_mixer_step(inputs: MixerInputs, solver: GKASolver, options: MixerOptions) -> Tensor:
     """RMSNorm(GKA(conv(q), conv(k), conv(v))) * SiLU(gate) for a few tokens, (B, T, H, Dv), in two launches.
 

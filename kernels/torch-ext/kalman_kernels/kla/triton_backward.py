@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..jit import long
+from ..jit import long, on_own_device
 from .triton_forward import (
     CHECKPOINT,
     KEPT,
@@ -251,6 +251,7 @@ def arriving_kernel(maps, arriving, spans, size, BLOCK: tl.constexpr):
         tl.store(arriving + arriving_plane + place, nu, mask=inside)
 
 
+@on_own_device
 def kla_triton_backward(
     inputs: TritonInputs,
     kept: tuple[Tensor, Tensor],

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import INTERPRETED
-from ..jit import long
+from ..jit import long, on_own_device
 
 __all__ = ["CHECKPOINT", "KEPT", "TritonInputs", "beliefs", "kla_triton_forward", "tile_size"]
 
@@ -315,6 +315,7 @@ def span_tokens(length: int, programs: int, wanted: int) -> int:
     return triton.cdiv(triton.cdiv(length, spans), KEPT) * KEPT
 
 
+@on_own_device
 def kla_triton_forward(
     inputs: TritonInputs,
     precision: Tensor | None,

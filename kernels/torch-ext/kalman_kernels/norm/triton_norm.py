@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import INTERPRETED
+from ..jit import on_own_device
 
 __all__ = ["norm_triton_backward", "norm_triton_forward"]
 
@@ -90,6 +91,7 @@ def norm_adjoint_kernel(
     tl.store(d_inputs + place, dx.to(d_inputs.dtype.element_ty), mask=mask)
 
 
+@on_own_device
 def norm_triton_forward(inputs: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     """The norm of contiguous (..., D)."""
     width = inputs.shape[-1]
@@ -111,6 +113,7 @@ def norm_triton_forward(inputs: Tensor, gate: Tensor | None, weight: Tensor, eps
     return outputs
 
 
+@on_own_device
 def norm_triton_backward(
     inputs: Tensor, gate: Tensor | None, weight: Tensor, d_outputs: Tensor, eps: float
 ) -> tuple[Tensor, Tensor | None, Tensor]:
