@@ -47,7 +47,7 @@ def pair(**options):
 
 def warm(memory, optimizer):
     return lambda linear, value: WarmStart(
-        linear, memory, optimizer=optimizer, learning_rate=value / (10 if optimizer == "adamw" else 1)
+        linear, memory, optimizer=optimizer, learning_rate=value / (100 if optimizer == "adamw" else 1)
     )
 
 
@@ -143,6 +143,11 @@ def tested(model, test):
 DATA = {}
 
 
+def begin(data):
+    torch.set_num_threads(1)
+    DATA.update(data)
+
+
 def run(method, value, seed, setting="plain"):
     linear, stream, old, new = DATA[seed]
     model, scores, along = METHODS[method][1](linear, value), [], {}
@@ -198,8 +203,7 @@ def main():
     DATA.update({seed: split(old, new, labels, seed) for seed in range(options.seeds + 2)})
     result = {"model": "SmolLM2-135M-Instruct (de-quantised Q4_1)", "environment": environment(device)}
     result |= {"fit": FIT, "stream": STREAM, "test": TEST, "search": [], "runs": []}
-    # Forked, for the data to be there; nothing of theirs is on the GPU.
-    with multiprocessing.get_context("fork").Pool(options.jobs) as pool:
+    with multiprocessing.get_context("spawn").Pool(options.jobs, begin, (DATA,)) as pool:
         searches = [(m, v, s) for m, (grid, _) in METHODS.items() for v in grid for s in (0, 1)]
         tried = pool.starmap(run, searches, chunksize=1)
         best = {

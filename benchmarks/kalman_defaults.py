@@ -6,12 +6,13 @@ FOLDER holds shakespeare.txt.gz, wikipedia_articles.txt.gz and brown.txt.gz. Tas
 Shakespeare with a small GKA model; the digits of scikit-learn with an MLP; which of the three texts 48 bytes come
 from, with a small BERT. AdamW and RMSprop get the best learning rate of a grid on a stream of its own (seed 0), the
 filter its defaults ("kalman"), and for comparison the best of a grid over its step size ("kalman diagonal", "kalman
-block"). `map` has the loss over step size and temper. Loss: mean over the pass, each batch before it is learned
-from.
+block"). `map` has the loss over prior variance and step size, whose square times the temper is the process noise; it
+is also drawn. Loss: mean over the pass, each batch before it is learned from.
 """
 
 import argparse
 import gzip
+import itertools
 import json
 import random
 import statistics
@@ -26,11 +27,9 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_kalman import GKAConfig, GKAForCausalLM
 
-RATES, SCALES, TEMPERS = (
-    (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
-    (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2),
-    (1.0, 4.0, 16.0, 64.0),
-)
+RATES, SCALES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+# Prior variances of the map; None is what follows from the step size.
+VARIANCES = (None, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
 BATCH, STEPS = 8, 200
 GRIDS = {"adamw": RATES, "rmsprop": RATES, "kalman": (None,), "kalman diagonal": SCALES, "kalman block": SCALES}
 
@@ -120,6 +119,46 @@ def measured(task, method, value, seed, corpus, more=None):
     return row
 
 
+def name(row):
+    """What tells a run from another."""
+    return json.dumps([row["task"], row["method"], row["value"], row["seed"], row.get("more")])
+
+
+def draw(result, folder):
+    """Heat maps, one for each task."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tasks = list(dict.fromkeys(row["task"] for row in result["map"]))
+    figure, axes = plt.subplots(1, len(tasks), figsize=(4.6 * len(tasks), 3.4), squeeze=False)
+    for axis, task in zip(axes[0], tasks, strict=True):
+        values = [
+            [
+                next(
+                    row["loss"]
+                    for row in result["map"]
+                    if (row["task"], row["value"], row["more"]["step_size"]) == (task, variance, scale)
+                )
+                for scale in SCALES
+            ]
+            for variance in VARIANCES
+        ]
+        low = min(map(min, values))
+        image = axis.imshow(values, vmin=low, vmax=low + 1, cmap="viridis_r", aspect="auto")
+        for i, row in enumerate(values):
+            for j, value in enumerate(row):
+                color = "white" if value > low + 0.5 else "black"
+                axis.text(j, i, f"{value:.2f}", ha="center", va="center", color=color, fontsize=7)
+        axis.set_xticks(range(len(SCALES)), [f"{s:g}" for s in SCALES], fontsize=7)
+        axis.set_yticks(range(len(VARIANCES)), ["follows" if v is None else f"{v:g}" for v in VARIANCES], fontsize=7)
+        axis.set(title=f"{task}: nats", xlabel="step size", ylabel="prior variance")
+        figure.colorbar(image, ax=axis)
+    figure.tight_layout()
+    figure.savefig(folder / "kalman_defaults.png", dpi=150)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", required=True)
@@ -127,20 +166,27 @@ def main():
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--no-map", action="store_true", help="leave the map out, which takes longest")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--resume", action="store_true", help="go on with what the file in --output has")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     result = {"environment": environment(), "batch": BATCH, "search": [], "runs": [], "map": []}
+    file = options.output / "kalman_defaults.json"
+    old = json.loads(file.read_text()) if options.resume and file.is_file() else {}
+    done = {name(row): row for kind in ("search", "runs", "map") for row in old.get(kind, [])}
+
+    def found(task, method, value, seed, more=None):
+        row = {"task": task, "method": method, "value": value, "seed": seed, "more": more}
+        return done.get(name(row)) or measured(task, method, value, seed, options.corpus, more)
+
     for task in options.tasks:
         for method, grid in GRIDS.items():
-            tried = [measured(task, method, value, 0, options.corpus) for value in grid] if len(grid) > 1 else []
+            tried = [found(task, method, value, 0) for value in grid] if len(grid) > 1 else []
             best = min(tried, key=lambda row: row["loss"])["value"] if tried else None
             result["search"] += tried
-            result["runs"] += [measured(task, method, best, s, options.corpus) for s in range(1, options.seeds + 1)]
-        for scale in () if options.no_map else SCALES:
-            for temper in TEMPERS:
-                more = {"step_size": scale, "temper": temper}
-                result["map"].append(measured(task, "kalman diagonal", None, 0, options.corpus, more))
+            result["runs"] += [found(task, method, best, seed) for seed in range(1, options.seeds + 1)]
+        cases = () if options.no_map else itertools.product(VARIANCES, SCALES)
+        result["map"] += [found(task, "kalman diagonal", v, 0, {"step_size": scale}) for v, scale in cases]
     result["summary"] = [
         {
             "task": task,
@@ -155,6 +201,8 @@ def main():
         for own in [[row for row in result["runs"] if (row["task"], row["method"]) == (task, method)]]
     ]
     write("kalman_defaults", result, options.output)
+    if result["map"]:
+        draw(result, options.output)
     for row in result["summary"]:
         print(json.dumps(row))
 

@@ -227,7 +227,7 @@ def main():
         base = torch.cuda.memory_allocated() / 2**20 if devices else None
         sizes = ((512, 1), (512, 8), (2048, 8)) if devices else ((128, 1),)
         result["weights_mib"], result["rows"] = base, [row for size in sizes for row in cost(model, *size)]
-        write("kalman_gradient_free_cost", result, options.output)
+        write(f"kalman_gradient_free_cost_{'cuda' if devices else 'cpu'}", result, options.output)
         return
     counter = context.Value("i", 0)
     with context.Pool(options.jobs, start, (options.model, options.corpus, devices, counter)) as pool:
