@@ -183,7 +183,11 @@ def main():
     if options.speed:
         loaded = {name: resolved(load_recipe(RECIPES / f"{name}.yaml"), options.ranking) for name in options.recipes}
         swaps = {n: {k: v for k, v in r["swap"].items() if k != "options"} for n, r in loaded.items()}
-        write("conversion_speed", {**about, "rows": speed(load(), {"teacher": None, **swaps})}, options.output)
+        write(
+            "conversion_speed",
+            {**about, "dtype": "bfloat16", "rows": speed(load(), {"teacher": None, **swaps})},
+            options.output,
+        )
         return
     if options.with_teacher:
         teacher = load()

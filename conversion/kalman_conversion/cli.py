@@ -1,4 +1,4 @@
-"""`kalman-convert`: select, swap, heal and its stages one by one, verify, and foreign checkpoints in and out."""
+"""`kalman-convert`: select, swap, heal and its stages one by one, verify, foreign checkpoints in and out, the Hub."""
 
 from __future__ import annotations
 
@@ -7,15 +7,20 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from hf_kalman.cache import cache_bytes
+from hf_kalman.hub import BaseModel, model_card, push_to_hub
+from hf_kalman.hub import check_checkpoint as check_whole
+from hf_kalman.hub.card import draw_cache
 
 from .files import check_output, new_folder
 from .foreign.awslabs import export_awslabs, import_awslabs
@@ -119,7 +124,35 @@ def _parser() -> argparse.ArgumentParser:
         foreign.set_defaults(run=run)
         foreign.add_argument("--model", required=True, help="folder with the checkpoint")
         foreign.add_argument("--output", required=True, help="folder to write; must not exist")
+    _add_hub(commands)
     return parser
+
+
+def _add_hub(commands) -> None:
+    """Cards, push, and whether a checkpoint is whole."""
+    card = commands.add_parser("card", help="write the model card of a checkpoint from what is known of it")
+    card.set_defaults(run=_card)
+    card.add_argument("--output", required=True, help="folder for README.md and cache.png")
+    push = commands.add_parser("push", help="weights, tokenizer, card, figures and code to the Hub, in one commit")
+    push.set_defaults(run=_push)
+    push.add_argument("--public", action="store_true", help="a repository that is created is private otherwise")
+    push.add_argument("--without-code", action="store_true", help="who loads it must install hf-kalman then")
+    push.add_argument("--revision", help="branch")
+    push.add_argument("--message", default="Upload model", help="of the commit")
+    push.add_argument("--dry-run", action="store_true", help="list every file and its size and send nothing")
+    for command in (card, push):
+        command.add_argument("--model", required=True, help="folder of the checkpoint")
+        command.add_argument("--repo", required=True, help="owner/name on the Hub")
+        command.add_argument("--base-model", help="Hub id of the model that it was converted from")
+        command.add_argument("--license", help="of the weights, like apache-2.0; a base model needs one")
+        command.add_argument("--teacher", help="folder of the base model, for its cache beside ours")
+        command.add_argument("--result", help="JSON of benchmarks/conversion_recipes.py for this model")
+        command.add_argument("--teacher-result", help="the same for the base model")
+        command.add_argument("--training-text", default="", help="what it was trained on, in a sentence")
+    check = commands.add_parser("check", help="whether a checkpoint is whole, and what to do where it is not")
+    check.set_defaults(run=_check)
+    check.add_argument("--model", required=True, help="folder or Hub id")
+    check.add_argument("--revision", help="of the repository")
 
 
 def _add_ranking(parser: argparse.ArgumentParser, required: bool) -> None:
@@ -169,6 +202,64 @@ def _import_awslabs(options: argparse.Namespace) -> int:
 
 def _export_awslabs(options: argparse.Namespace) -> int:
     _say(f"{export_awslabs(options.model, options.output)} written to {options.output}")
+    return 0
+
+
+def _write_card(options: argparse.Namespace, folder: Path) -> ModelCard:
+    """The card of a checkpoint; its figure goes into `folder`."""
+    if (options.base_model is None) != (options.license is None):
+        raise ValueError("`--base-model` and `--license` must be given together.")
+    base = options.base_model and BaseModel(options.base_model, options.license, options.base_model.split("/")[-1])
+    config = AutoConfig.from_pretrained(options.model)
+    base_config = AutoConfig.from_pretrained(options.teacher) if options.teacher else None
+    result, base_result = (
+        json.loads(Path(path).read_text(encoding="utf-8")) if path else None
+        for path in (options.result, options.teacher_result)
+    )
+    card = model_card(
+        options.model,
+        options.repo,
+        base=base or None,
+        base_config=base_config,
+        result=result,
+        base_result=base_result,
+        figures=("cache.png",),
+        training_text=options.training_text,
+    )
+    draw_cache(folder / "cache.png", config, base_config)
+    return card
+
+
+def _card(options: argparse.Namespace) -> int:
+    check_output(options.output)
+    with new_folder(options.output) as folder:
+        (folder / "README.md").write_text(str(_write_card(options, folder)), encoding="utf-8")
+    _say(f"written to {options.output}")
+    return 0
+
+
+def _push(options: argparse.Namespace) -> int:
+    with tempfile.TemporaryDirectory() as work:
+        report = push_to_hub(
+            options.model,
+            options.repo,
+            card=_write_card(options, Path(work)),
+            figures=[Path(work) / "cache.png"],
+            code=False if options.without_code else None,
+            private=not options.public,
+            dry_run=options.dry_run,
+            revision=options.revision,
+            message=options.message,
+        )
+    for name, size in report.files.items():
+        _say(f"{size:>14,}  {name}")
+    _say("dry run: nothing sent" if report.url is None else f"pushed: {report.url}")
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    names = check_whole(options.model, revision=options.revision)
+    _say(f"{options.model}: {len(names)} weight files, whole")
     return 0
 
 

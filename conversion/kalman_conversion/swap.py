@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -16,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from hf_kalman import GKAConfig, GKAForCausalLM, KLAConfig, KLAForCausalLM
 from hf_kalman.decoder import ScaledEmbedding, build_rotary
 from hf_kalman.gka.modeling_gka import GKAMixer
+from hf_kalman.hub.check import damage
 from hf_kalman.kla.modeling_kla import KLAMixer
 from hf_kalman.layers import ShortConvolution, inverse_softplus
 
@@ -57,13 +57,8 @@ def check_checkpoint(path: str | Path, function: str = "swap_attention") -> None
     for name in shard_names(path):
         if not (path / name).is_file():
             raise FileNotFoundError(f"{function}: `model` {str(path)!r} lacks the weight file {name!r}.")
-        try:
-            with safe_open(path / name, framework="pt") as weights:
-                weights.keys()
-        except SafetensorError as error:
-            raise ValueError(
-                f"{function}: `model` weight file {str(path / name)!r} is damaged ({error}); fetch it again."
-            ) from error
+        if (text := damage(path / name)) is not None:
+            raise ValueError(f"{function}: a `model` weight file in {str(path)!r} is damaged ({text}); fetch it again.")
 
 
 def load_model(path: str | Path, dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu"):

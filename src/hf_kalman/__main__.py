@@ -1,4 +1,7 @@
-"""`python -m hf_kalman`: versions, architectures, and which implementation serves each operator here, and why."""
+"""`python -m hf_kalman`: versions, architectures, and which implementation serves each operator here, and why.
+
+`python -m hf_kalman autoload enable|disable|status`: see `hf_kalman.autoload`.
+"""
 
 import importlib.metadata
 import sys
@@ -8,7 +11,7 @@ import torch
 from kalman_kernels import conv, gka, kla, norm
 from kalman_kernels.dispatch import choose
 
-from . import __version__
+from . import __version__, autoload
 from .registration import ARCHITECTURES
 
 
@@ -37,5 +40,24 @@ def report() -> str:
     return "\n".join(lines)
 
 
+def main(arguments: list[str]) -> int:
+    """The report, or the switch of autoload; the exit status."""
+    switches = {"enable": autoload.enable, "disable": autoload.disable, "status": autoload.status}
+    if not arguments:
+        sys.stdout.write(report() + "\n")
+        return 0
+    if len(arguments) != 2 or arguments[0] != "autoload" or arguments[1] not in switches:
+        sys.stderr.write(f"hf_kalman: nothing, or autoload {'|'.join(switches)}, got {' '.join(arguments)!r}.\n")
+        return 2
+    try:
+        found = switches[arguments[1]]()
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"hf_kalman: {error}\n")
+        return 2
+    told = {True: "enabled", False: "disabled"}.get(found, f"{arguments[1]}d: {found}")  # pyright: ignore
+    sys.stdout.write(f"autoload {told}\n")
+    return 0
+
+
 if __name__ == "__main__":
-    sys.stdout.write(report() + "\n")
+    sys.exit(main(sys.argv[1:]))

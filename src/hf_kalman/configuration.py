@@ -11,9 +11,22 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
-__all__ = ["LAYER_TYPES", "DecoderConfig"]
+__all__ = ["ARCHITECTURE_VERSION", "LAYER_TYPES", "DecoderConfig"]
 
+# Of what a configuration can say. A new field that changes what is computed raises it: older packages then refuse the
+# checkpoints that they would compute wrongly.
+ARCHITECTURE_VERSION = 1
 LAYER_TYPES = ("linear_attention", "full_attention", "sliding_attention")
+# What the host itself writes beside the fields.
+_HOST_EXTRAS = {
+    "_commit_hash",
+    "attn_implementation",
+    "auto_map",
+    "model_type",
+    "name_or_path",
+    "torch_dtype",
+    "transformers_version",
+}
 
 
 @strict
@@ -44,6 +57,7 @@ class DecoderConfig(PreTrainedConfig):
         residual_multiplier: factor on what attention, mixers and MLPs add (Granite).
         logits_scaling: divides the logits (Granite).
         final_logit_softcapping: c in c tanh(logits / c); none when None (Gemma).
+        architecture_version: of the package that wrote the configuration; a larger one than this package's is refused.
     """
 
     keys_to_ignore_at_inference = ["past_key_values"]
@@ -115,14 +129,32 @@ class DecoderConfig(PreTrainedConfig):
     logits_scaling: float | int = 1.0
     final_logit_softcapping: float | int | None = None
     layer_types: list[str] | None = None
+    architecture_version: int = ARCHITECTURE_VERSION
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
         """Fill in what follows from other fields."""
+        self._check_version(kwargs)
         self._fill_decoder()
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoConfig"):
+        """As the host's for a copy that came with a checkpoint; not for the package: every save would copy its code."""
+        if not cls.__module__.startswith("hf_kalman."):
+            super().register_for_auto_class(auto_class)
+
+    def _check_version(self, unknown):
+        if self.architecture_version > ARCHITECTURE_VERSION:
+            unknown = sorted(set(unknown) - _HOST_EXTRAS)
+            fields = f"; unknown fields: {unknown}" if unknown else ""
+            raise ValueError(
+                f"`architecture_version` {self.architecture_version} is newer than {ARCHITECTURE_VERSION}, the newest "
+                f"that this hf-kalman knows{fields}. Upgrade it (pip install --upgrade hf-kalman), or uninstall it and "
+                "load the checkpoint's own code with trust_remote_code=True."
+            )
 
     def _fill_decoder(self):
         if self.num_key_value_heads is None:

@@ -293,6 +293,12 @@ class DecoderPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoModel") -> None:
+        """As the host's for a copy that came with a checkpoint; not for the package: every save would copy its code."""
+        if not cls.__module__.startswith("hf_kalman."):
+            super().register_for_auto_class(auto_class)
+
     def post_init(self) -> None:
         """As the host's; plans and precision lists keep the entries that this configuration has modules for."""
         super().post_init()

@@ -23,6 +23,7 @@ from .covariance import (
 from .drift import DriftDetector, chi_square_quantile, log_loss_innovation
 from .innovation import InnovationReport, InnovationTuner
 from .optimizer import KalmanOptimizer, sampled_label_loss
+from .posterior import load_posterior, save_posterior
 from .world_model import KalmanWorldModel, KalmanWorldModelConfig, KalmanWorldModelOutput, WorldModelReport
 
 __all__ = [
@@ -53,8 +54,10 @@ __all__ = [
     "WarmStart",
     "WorldModelReport",
     "chi_square_quantile",
+    "load_posterior",
     "log_loss_innovation",
     "relu_moments",
     "sampled_label_loss",
+    "save_posterior",
     "softmax_moments",
 ]

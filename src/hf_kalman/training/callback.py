@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 from .checks import check_ranges
 from .drift import DriftDetector, chi_square_quantile, log_loss_innovation
 from .optimizer import KalmanOptimizer, sampled_label_loss
+from .posterior import load_posterior
 
 __all__ = ["KalmanCallback"]
 
@@ -83,6 +85,8 @@ class KalmanCallback(TrainerCallback):
         schedule: whether the Trainer's learning-rate schedule scales the gain, as a factor that starts at 1. A filter
             needs none: its gain follows from what it knows.
         seed: of the draws; that of the `TrainingArguments` when None.
+        posterior: folder with a `kalman_posterior.safetensors` (`save_posterior`) of the same structure: the filter
+            begins with that belief in place of a prior, as where a pushed adapter learns on.
 
     Raises:
         ValueError: an argument is out of its range; when training begins, arguments of the Trainer with which the
@@ -111,6 +115,7 @@ class KalmanCallback(TrainerCallback):
         overrides: dict[str, dict[str, Any]] | None = None,
         schedule: bool = False,
         seed: int | None = None,
+        posterior: str | Path | None = None,
     ) -> None:
         check_ranges(
             "KalmanCallback",
@@ -139,7 +144,7 @@ class KalmanCallback(TrainerCallback):
         self.noise_follows_temper = process_noise is None
         self.temper, self.fisher_every, self.seed, self.drift_boost = temper, fisher_every, seed, drift_boost
         self.bound = None if gate is None else chi_square_quantile(gate)
-        self.overrides, self.schedule = dict(overrides or {}), schedule
+        self.overrides, self.schedule, self.posterior = dict(overrides or {}), schedule, posterior
         self.optimizer: KalmanOptimizer | None = None
         self.drift, self.hook = DriftDetector(), None
         self._start()
@@ -175,6 +180,8 @@ class KalmanCallback(TrainerCallback):
                 f"KalmanCallback: the checkpoint of step {state.global_step} holds no filter; it comes from a run "
                 "without this callback. Start a new run from its weights."
             )
+        elif self.posterior is not None:
+            load_posterior(self.optimizer, model, self.posterior)
         self._forget_batch()
         self.hook = model.register_forward_hook(self._observe, with_kwargs=True)
         # The Trainer's own optimizer stays for its schedule; its step and what it saves are the filter's.

@@ -1,0 +1,16 @@
+"""Checkpoints on the Hub: cards, push, the code that travels with them, and whether one is whole."""
+
+from .bundle import write_bundle
+from .card import BaseModel, model_card, validate_card
+from .check import check_checkpoint
+from .push import PushReport, push_to_hub
+
+__all__ = [
+    "BaseModel",
+    "PushReport",
+    "check_checkpoint",
+    "model_card",
+    "push_to_hub",
+    "validate_card",
+    "write_bundle",
+]
