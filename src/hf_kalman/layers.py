@@ -7,13 +7,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kalman_kernels import Segments, causal_conv
 
-__all__ = ["ShortConvolution", "check_count", "inverse_softplus"]
+__all__ = ["ShortConvolution", "check_count", "exchangeable", "inverse_softplus"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def exchangeable(name: str) -> Callable[[type[M]], type[M]]:
+    """Let the `kernels` library exchange a layer's forward, under a name of its mappings.
+
+    As `kernels.use_kernel_forward_from_hub` does, without needing that library.
+    """
+
+    def named(layer: type[M]) -> type[M]:
+        layer.kernel_layer_name = name  # pyright: ignore[reportAttributeAccessIssue]
+        layer.kernel_condition = staticmethod(lambda module: True)  # pyright: ignore[reportAttributeAccessIssue]
+        return layer
+
+    return named
 
 
 def check_count(name: str, value: int) -> None:

@@ -1,5 +1,6 @@
 """The mathematics of Kalman sequence layers, on torch and triton alone."""
 
+from . import layers
 from .conv import causal_conv
 from .gka import GKASolver, GKAState, gated_kalmanet, gated_kalmanet_step
 from .kla import KLAState, kalman_linear_attention, kalman_linear_attention_step
@@ -17,4 +18,5 @@ __all__ = [
     "gated_rms_norm",
     "kalman_linear_attention",
     "kalman_linear_attention_step",
+    "layers",
 ]

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 from typing import Literal, NamedTuple
 
 import torch
 
-__all__ = ["HAS_TRITON", "INTERPRETED", "Choice", "Implementation", "choose"]
+__all__ = ["HAS_TRITON", "INTERPRETED", "NAMESPACE", "Choice", "Implementation", "choose"]
+
+# Of the registered operators. A copy of this package under another name, as the Hub loads it, has one of its own.
+_PACKAGE = __name__.rpartition(".")[0]
+NAMESPACE = _PACKAGE
+if _PACKAGE != "kalman_kernels":
+    NAMESPACE = "kalman_kernels_" + hashlib.sha256(_PACKAGE.encode()).hexdigest()[:16]
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # TRITON_INTERPRET=1 runs the kernels on the CPU, for tests. Triton reads it where a kernel is defined.

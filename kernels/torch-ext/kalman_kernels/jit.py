@@ -16,7 +16,8 @@ from torch import Tensor
 
 __all__ = ["long", "on_own_device"]
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def on_own_device(function: Callable[P, R]) -> Callable[P, R]:

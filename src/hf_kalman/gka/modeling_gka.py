@@ -23,8 +23,9 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from kalman_kernels import GKASolver, GKAState, Segments, causal_conv, gated_kalmanet, gated_rms_norm
+from kalman_kernels import GKASolver, GKAState, Segments, causal_conv
 from kalman_kernels.gka import MixerInputs, MixerOptions, gka_mixer_step, serves_mixer_step
+from kalman_kernels.layers import GatedKalmaNet, GatedRMSNorm
 from kalman_kernels.numerics import EPSILON, unit_norm, widen
 
 from ..decoder import (
@@ -35,7 +36,7 @@ from ..decoder import (
     build_decoder,
     run_decoder,
 )
-from ..layers import ShortConvolution, check_count, inverse_softplus
+from ..layers import ShortConvolution, check_count, exchangeable, inverse_softplus
 from .configuration_gka import GKAConfig, check_tolerance
 
 __all__ = [
@@ -62,18 +63,19 @@ class LowRankLinear(nn.Module):
         return self.linearB(F.silu(self.linearA(hidden_states)))
 
 
-class GatedRMSNorm(nn.Module):
-    """RMSNorm(x) * weight * SiLU(gate), in at least float32."""
+@exchangeable("GatedRMSNorm")
+class MixerNorm(GatedRMSNorm):
+    """RMSNorm(x) * weight * SiLU(gate), in at least float32; of (..., width) and a gate of the same shape or None."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
 
-    def forward(self, hidden_states: Tensor, gate: Tensor | None, implementation: str = "auto") -> Tensor:
-        """(..., width) and a gate of the same shape, or None for no gate."""
-        implementation = "torch" if implementation == "reference" else implementation
-        return gated_rms_norm(hidden_states, gate, self.weight, self.eps, implementation)
+
+@exchangeable("GatedKalmaNet")
+class Operator(GatedKalmaNet):
+    """The operator of a mixer."""
 
 
 class DecayBias(nn.Module):
@@ -108,6 +110,7 @@ class GKAMixer(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
+        self.operator = Operator()
         width, heads, bias = config.hidden_size, config.linear_num_heads, config.attention_bias
         key_dim, value_dim = config.linear_key_head_dim, config.linear_value_head_dim
         self.q_proj = nn.Linear(width, config.linear_num_query_heads * key_dim, bias=bias)
@@ -127,7 +130,7 @@ class GKAMixer(nn.Module):
         if config.use_output_gate:
             self.g_proj = nn.Linear(width, heads * value_dim, bias=False)
         self._add_expansion(config)
-        self.o_norm = GatedRMSNorm(value_dim, config.rms_norm_eps)
+        self.o_norm = MixerNorm(value_dim, config.rms_norm_eps)
         self.o_proj = nn.Linear(heads * value_dim, width, bias=config.attention_output_bias)
         if config.use_local_values:
             self.local_proj = nn.Linear(config.linear_conv_kernel_dim * self.v_proj.out_features, width, bias=False)
@@ -216,19 +219,18 @@ class GKAMixer(nn.Module):
         query, key = query.unflatten(-1, (-1, width)), key.unflatten(-1, (-1, width))
         query, key, value = self._expand(query, key, value.unflatten(-1, (-1, self.config.linear_value_head_dim)))
         log_decay, key_log_decay = self._log_decay(hidden_states)
-        outputs, state = gated_kalmanet(
+        outputs, state = self.operator(
             query,
             unit_norm(key) if self.expand_key else key,
             value,
             log_decay,
             torch.sigmoid(self.alpha_proj(hidden_states)) if self.config.use_solution_mix else None,
-            key_log_decay=key_log_decay,
-            input_gate=torch.sigmoid(self.b_proj(hidden_states)) + EPSILON if self.config.use_input_gate else None,
-            solver=solver,
-            scale=None if self.config.scale_output else 1.0,
-            initial_state=None if gram is None else GKAState(gram, value_key),
-            segments=segments,
-            implementation=self.config.implementation,
+            key_log_decay,
+            torch.sigmoid(self.b_proj(hidden_states)) + EPSILON if self.config.use_input_gate else None,
+            solver,
+            None if gram is None else GKAState(gram, value_key),
+            segments,
+            {"scale": None if self.config.scale_output else 1.0, "implementation": self.config.implementation},
         )
         if layer is not None:
             layer.write(0, q_past, state.key_gram)

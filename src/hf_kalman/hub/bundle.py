@@ -42,6 +42,7 @@ FILES = {
         "kalman_kernels.kla.reference",
         "kalman_kernels.kla.scan",
         "kalman_kernels.kla.op",
+        "kalman_kernels.layers",
     ],
     "kernels_hf_kalman": [
         "kalman_kernels.jit",
@@ -107,12 +108,6 @@ _TITLES = {
     "decoder_hf_kalman": "Cache, packing and decoder that both families share.",
     "modeling_hf_kalman": "Gated KalmaNet and Kalman Linear Attention models.",
 }
-_NAMESPACE = """
-# Operators are registered once in a process: each copy of this file has a namespace of its own.
-_NAMESPACE = "kalman_kernels_" + hashlib.sha256(__name__.encode()).hexdigest()[:16]
-"""
-
-
 _REGISTER = '''
 
 def _register_first(head, model):
@@ -243,9 +238,6 @@ def _assembled(file: str, outside: dict, other: dict, late: dict, bodies: list[s
         outside["transformers"] = outside.get("transformers", set()) | {"AutoModel"}
     modules = outside.pop(None, set())
     future, triton = outside.pop("__future__", None), {name for name in modules if name.startswith("triton")}
-    if "_NAMESPACE" in body:
-        modules = modules | {"hashlib"}
-        body = _NAMESPACE + body
     parts = [_HEADER.format(title=_TITLES[file], version=__version__)]
     parts += ["\nfrom __future__ import annotations\n"] if future else []
     parts += ["\n", *(f"import {name}\n" for name in sorted(modules - triton))]
@@ -290,9 +282,7 @@ def _rewritten(module, renamed, removed, final, place) -> str:
     changed = {old: new for old, new in renamed.items() if old != new}
     edits = _renames(module, changed)
     for node in ast.walk(module.tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("kalman_kernels::"):
-            edits[node.lineno, node.col_offset] = (node.end_col_offset, f'_NAMESPACE + "{node.value[14:]}"')
-        elif isinstance(node, ast.ImportFrom) and node not in removed and _own(node, module.name):
+        if isinstance(node, ast.ImportFrom) and node not in removed and _own(node, module.name):
             # Inside a function.
             source = [_source_of(_absolute(node, module.name), alias.name) for alias in node.names]
             names = [
@@ -300,7 +290,7 @@ def _rewritten(module, renamed, removed, final, place) -> str:
                 for s, a in zip(source, node.names, strict=True)
             ]
             text = f"from .{place[source[0][0]]} import {', '.join(names)}"
-            edits[node.lineno, node.col_offset] = (node.end_col_offset, text)
+            edits[node.lineno, node.col_offset] = (node.end_col_offset or 0, text)
     lines = module.source.splitlines()
     for (line, start), (end, text) in sorted(edits.items(), reverse=True):
         raw = lines[line - 1].encode()
@@ -345,7 +335,7 @@ def _renames(module: _Module, changed: dict[str, str]) -> dict[tuple[int, int], 
     edits, uses = {}, _Uses(set(changed))
     uses.visit(module.tree)
     for node in uses.found:
-        edits[node.lineno, node.col_offset] = (node.end_col_offset, changed[node.id])
+        edits[node.lineno, node.col_offset] = (node.col_offset + len(node.id), changed[node.id])
     tops = {n.lineno for n in module.tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name in changed}
     previous = ""
     for token in tokenize.generate_tokens(io.StringIO(module.source).readline):

@@ -129,8 +129,9 @@ def _check_config(folder: Path) -> None:
     except ValueError as error:
         if "architecture_version" in str(error):
             raise
+        reason = str(error).splitlines()[0]
         raise ValueError(
-            f"check_checkpoint: `model_type` {kind!r} of {str(file)!r} cannot be read here ({error}); "
+            f"check_checkpoint: `model_type` {kind!r} of {str(file)!r} cannot be read here ({reason}); "
             "upgrade hf-kalman and transformers."
         ) from error
 

@@ -24,7 +24,8 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from kalman_kernels import KLAState, Segments, kalman_linear_attention, kalman_linear_attention_step
+from kalman_kernels import KLAState, Segments, kalman_linear_attention_step
+from kalman_kernels.layers import KalmanLinearAttention
 from kalman_kernels.numerics import widen
 
 from ..decoder import (
@@ -35,7 +36,7 @@ from ..decoder import (
     build_decoder,
     run_decoder,
 )
-from ..layers import ShortConvolution, check_count, inverse_softplus
+from ..layers import ShortConvolution, check_count, exchangeable, inverse_softplus
 from .configuration_kla import KLAConfig
 
 __all__ = [
@@ -137,6 +138,11 @@ class DynamicsBias(nn.Module):
         return log_variance, decay, noise * -torch.expm1(-2 * rate * step) / (2 * rate)
 
 
+@exchangeable("KalmanLinearAttention")
+class Operator(KalmanLinearAttention):
+    """The operator of a mixer."""
+
+
 class KLAMixer(nn.Module):
     """Kalman Linear Attention layer: a scalar Kalman filter per channel and state.
 
@@ -151,6 +157,7 @@ class KLAMixer(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
+        self.operator = Operator()
         width, inner, states, bias = (
             config.hidden_size,
             config.linear_inner_size,
@@ -238,7 +245,6 @@ class KLAMixer(nn.Module):
         """Read-out and, where asked for, its variance (B, T, M); reads and writes the belief of `layer`."""
         sensors = self._sensors(inputs)
         options = {
-            "segments": segments,
             "decode_from_prior": self.config.decode_from_prior,
             "output_variance": uncertain,
             "implementation": self.config.implementation,
@@ -247,8 +253,8 @@ class KLAMixer(nn.Module):
         if layer is not None and layer.has_previous_state[1]:
             state = KLAState(*(layer.read(slot)[1] for slot in range(2)))
         if state is not None and not torch.is_grad_enabled():
-            return kalman_linear_attention_step(*sensors, state=state, in_place=True, **options)[:2]
-        output, variance, state = kalman_linear_attention(*sensors, initial_state=state, **options)
+            return kalman_linear_attention_step(*sensors, state=state, segments=segments, in_place=True, **options)[:2]
+        output, variance, state = self.operator(*sensors, state, segments, options)
         if layer is not None:
             layer.write(0, None, state.precision)
             layer.write(1, None, state.information)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from ..dispatch import HAS_TRITON, Implementation, choose
+from ..dispatch import HAS_TRITON, NAMESPACE, Implementation, choose
 from ..numerics import unit_norm
 from ..segments import Segments
 from .reference import causal_conv_reference
@@ -104,14 +104,14 @@ def _final_state(inputs: Tensor, past: Tensor | None, numbers: Tensor | None, co
     return tail.transpose(1, 2)
 
 
-@torch.library.custom_op("kalman_kernels::causal_conv", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::causal_conv", mutates_args=())
 def _forward(
     inputs: Tensor, weight: Tensor, past: Tensor | None, numbers: Tensor | None, silu: bool, unit_width: int
 ) -> Tensor:
     return conv_triton_forward(inputs, weight, past, numbers, silu, unit_width)
 
 
-@torch.library.custom_op("kalman_kernels::causal_conv_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::causal_conv_backward", mutates_args=())
 def _backward(
     inputs: Tensor,
     weight: Tensor,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..dispatch import HAS_TRITON
+from ..dispatch import HAS_TRITON, NAMESPACE
 from .limits import MAX_STEP, refusal
 from .reference import GKASolver
 
@@ -78,7 +78,7 @@ def gka_mixer_step(inputs: MixerInputs, solver: GKASolver, options: MixerOptions
 
 
 @torch.library.custom_op(
-    "kalman_kernels::gka_mixer_step",
+    f"{NAMESPACE}::gka_mixer_step",
     mutates_args=("query_past", "key_past", "value_past", "key_gram", "value_key"),
 )
 def _mixer_step(

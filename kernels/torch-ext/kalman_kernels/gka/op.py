@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..dispatch import HAS_TRITON, Implementation, choose
+from ..dispatch import HAS_TRITON, NAMESPACE, Implementation, choose
 from ..segments import Segments
 from .chunked import Inputs, block_count, gka_chunked_backward, gka_chunked_forward, gka_step
 from .limits import MAX_STEP, refusal
@@ -338,7 +338,7 @@ def _run(
 # torch.export neither unroll the loop over chunks nor specialise on the length.
 
 
-@torch.library.custom_op("kalman_kernels::gka_step", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::gka_step", mutates_args=())
 def _step(
     query: Tensor,
     key: Tensor,
@@ -363,7 +363,7 @@ def _step(
         return gka_step(inputs, gram, value_key, solver, scale)
 
 
-@torch.library.custom_op("kalman_kernels::gka_chunked", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::gka_chunked", mutates_args=())
 def _forward(
     query: Tensor,
     key: Tensor,
@@ -389,7 +389,7 @@ def _forward(
         return gka_chunked_forward(inputs, gram, value_key, solver, scale, keep)
 
 
-@torch.library.custom_op("kalman_kernels::gka_chunked_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::gka_chunked_backward", mutates_args=())
 def _backward(
     query: Tensor,
     key: Tensor,
@@ -472,7 +472,7 @@ _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
 # The same for Triton. Absent tensors travel as None, and come back from the backward pass as empty tensors.
 
 
-@torch.library.custom_op("kalman_kernels::gka_triton_step", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::gka_triton_step", mutates_args=())
 def _triton_step(
     query: Tensor,
     key: Tensor,
@@ -497,7 +497,7 @@ def _triton_step(
     return outputs, gram, value_key
 
 
-@torch.library.custom_op("kalman_kernels::gka_triton_forward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::gka_triton_forward", mutates_args=())
 def _triton_forward(
     query: Tensor,
     key: Tensor,
@@ -523,7 +523,7 @@ def _triton_forward(
     return gka_triton_forward(inputs, initial, solver, scale, keep)
 
 
-@torch.library.custom_op("kalman_kernels::gka_triton_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::gka_triton_backward", mutates_args=())
 def _triton_backward(
     query: Tensor,
     key: Tensor,

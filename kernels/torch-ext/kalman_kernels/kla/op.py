@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..dispatch import HAS_TRITON, Implementation, choose
+from ..dispatch import HAS_TRITON, NAMESPACE, Implementation, choose
 from ..segments import Segments
 from .reference import KLAState, kalman_linear_attention_reference
 from .scan import Inputs, block_count, kla_chunked_backward, kla_chunked_forward
@@ -278,7 +278,7 @@ def _check(
             raise ValueError(f"{function}: `{name}` must have shape {shape}, got {tuple(tensor.shape)}.")
 
 
-@torch.library.custom_op("kalman_kernels::kla_chunked", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::kla_chunked", mutates_args=())
 def _forward(
     value: Tensor,
     value_precision: Tensor,
@@ -299,7 +299,7 @@ def _forward(
         return kla_chunked_forward(inputs, precision, information, prior, keep, spread)
 
 
-@torch.library.custom_op("kalman_kernels::kla_chunked_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::kla_chunked_backward", mutates_args=())
 def _backward(
     value: Tensor,
     value_precision: Tensor,
@@ -360,7 +360,7 @@ def _autograd_backward(ctx, *cotangents):
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 
-@torch.library.custom_op("kalman_kernels::kla_triton", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::kla_triton", mutates_args=())
 def _triton_forward(
     value: Tensor,
     value_precision: Tensor,
@@ -379,7 +379,7 @@ def _triton_forward(
     return kla_triton_forward(inputs, precision, information, prior, keep, spread)
 
 
-@torch.library.custom_op("kalman_kernels::kla_triton_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::kla_triton_backward", mutates_args=())
 def _triton_backward(
     value: Tensor,
     value_precision: Tensor,
@@ -401,7 +401,7 @@ def _triton_backward(
     return kla_triton_backward(inputs, kept, d_mean, d_variance, d_precision, d_information, prior)
 
 
-@torch.library.custom_op("kalman_kernels::kla_triton_step", mutates_args=("precision", "information"))
+@torch.library.custom_op(f"{NAMESPACE}::kla_triton_step", mutates_args=("precision", "information"))
 def _triton_step(
     value: Tensor,
     value_precision: Tensor,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..dispatch import HAS_TRITON, Implementation, choose
+from ..dispatch import HAS_TRITON, NAMESPACE, Implementation, choose
 from ..numerics import widen
 
 if HAS_TRITON or TYPE_CHECKING:
@@ -59,12 +59,12 @@ def gated_rms_norm(
     return wide.to(inputs.dtype)
 
 
-@torch.library.custom_op("kalman_kernels::gated_rms_norm", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::gated_rms_norm", mutates_args=())
 def _forward(inputs: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     return norm_triton_forward(inputs, gate, weight, eps)
 
 
-@torch.library.custom_op("kalman_kernels::gated_rms_norm_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::gated_rms_norm_backward", mutates_args=())
 def _backward(
     inputs: Tensor, gate: Tensor | None, weight: Tensor, d_outputs: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
