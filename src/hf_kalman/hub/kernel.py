@@ -96,6 +96,6 @@ def use_kernel(model: Any, repository: str | Path, *, training: bool = False, ve
         return LayerRepository(str(repository), layer_name=name, version=version)
 
     device = next(model.parameters()).device.type
-    mapping = {name: {device: {mode: layer(name)}} for name in KERNEL_LAYERS}
+    mapping: dict[str, Any] = {name: {device: {mode: layer(name)}} for name in KERNEL_LAYERS}
     with use_kernel_mapping(mapping, inherit_mapping=False):
         return kernelize(model, mode=mode, device=device, use_fallback=False)
