@@ -58,7 +58,9 @@ def check_checkpoint(path: str | Path, function: str = "swap_attention") -> None
         if not (path / name).is_file():
             raise FileNotFoundError(f"{function}: `model` {str(path)!r} lacks the weight file {name!r}.")
         if (text := damage(path / name)) is not None:
-            raise ValueError(f"{function}: a `model` weight file in {str(path)!r} is damaged ({text}); fetch it again.")
+            raise ValueError(
+                f"{function}: `model` weight file {str(path / name)!r} is damaged ({text}); fetch it again."
+            )
 
 
 def load_model(path: str | Path, dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu"):

@@ -206,3 +206,37 @@ def test_every_stage_is_a_command_and_continues_the_one_before(teacher_folder, t
     assert "`--teacher` must be given" in capsys.readouterr().err
     assert cli.main([*arguments, *teacher_option, "--tokens", "many"]) == 2
     assert "`tokens` of stage 'distil' must be of type int, got 'many'" in capsys.readouterr().err
+
+
+def test_card_push_and_check(teacher_folder, text, tmp_path, capsys):
+    """A healed checkpoint gets its card, a dry run lists its files, and a damaged one is told apart."""
+    swapped = tmp_path / "swapped"
+    assert cli.main(["swap", "--model", str(teacher_folder), "--layers", "1", "--output", str(swapped)]) == 0
+    assert cli.main(["check", "--model", str(swapped)]) == 0
+    about = ["--model", str(swapped), "--repo", "me/toy", "--base-model", "someone/base", "--license", "mit"]
+    about += ["--teacher", str(teacher_folder), "--training-text", "Words."]
+    assert cli.main(["card", *about, "--output", str(tmp_path / "card")]) == 0
+    card = (tmp_path / "card" / "README.md").read_text()
+    assert "base_model: someone/base" in card and "1 of its 4 attention layers" in card and str(tmp_path) not in card
+    assert (tmp_path / "card" / "cache.png").stat().st_size > 1000
+    capsys.readouterr()
+    assert cli.main(["push", *about, "--dry-run"]) == 0
+    listed = capsys.readouterr().out
+    for name in (
+        "model.safetensors",
+        "README.md",
+        "cache.png",
+        "tokenizer.json",
+        "modeling_hf_kalman.py",
+        "SHA256SUMS",
+    ):
+        assert name in listed
+    # What says where it was made stays here.
+    assert "conversion.json" not in listed and "dry run: nothing sent" in listed
+    assert cli.main(["push", *about[:-6], "--dry-run"]) == 2
+    assert "`--base-model` and `--license`" in capsys.readouterr().err
+    file = swapped / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    for command in (["check", "--model", str(swapped)], ["push", *about, "--dry-run"]):
+        assert cli.main(command) == 2
+        assert "model.safetensors" in capsys.readouterr().err

@@ -52,7 +52,7 @@ def check_checkpoint(path_or_repo: str | Path, *, revision: str | None = None, t
         else "copy or download it again, or save the model again"
     )
     names = _weights(folder, again)
-    damaged = [text for name in names if (text := damage(folder / name)) is not None]
+    damaged = [f"{name}: {text}" for name in names if (text := damage(folder / name)) is not None]
     damaged += _changed(folder)
     if damaged:
         raise ValueError(f"check_checkpoint: {str(path_or_repo)!r} is damaged: {'; '.join(damaged)}; {again}.")
@@ -85,7 +85,7 @@ def damage(path: Path) -> str | None:
         with safe_open(path, framework="pt") as weights:
             weights.keys()
     except SafetensorError as error:
-        return f"{path.name}: {error}"
+        return str(error)
     return None
 
 

@@ -22,8 +22,9 @@ __all__ = ["PushReport", "push_to_hub"]
 
 # Of an earlier push, which must not stay beside the shards of this one.
 _REPLACED = ["model*.safetensors", "model.safetensors.index.json", "adapter_model*.safetensors", "*_hf_kalman.py"]
-# What a Trainer leaves in a folder that is nobody else's business.
-_TRAINING = {"optimizer.pt", "scheduler.pt", "trainer_state.json", "training_args.bin", CHECKSUMS}
+# What training and conversion leave in a folder that is nobody else's business; records of conversions name paths.
+_PRIVATE = {"optimizer.pt", "scheduler.pt", "trainer_state.json", "training_args.bin", CHECKSUMS}
+_PRIVATE |= {"conversion.json", "healing.json"}
 
 
 class PushReport(NamedTuple):
@@ -116,7 +117,7 @@ def _save(model: Any, stage: Path, tokenizer: Any, max_shard_size: str) -> None:
             raise FileNotFoundError(f"push_to_hub: `model` {str(model)!r} is no folder of a saved checkpoint.")
         check_checkpoint(source)
         for file in source.iterdir():
-            if not file.is_file() or file.name in _TRAINING or file.name.startswith("rng_state"):
+            if not file.is_file() or file.name in _PRIVATE or file.name.startswith("rng_state"):
                 continue
             if file.suffix in (".safetensors", ".bin", ".pt"):
                 (stage / file.name).symlink_to(file.resolve())
