@@ -36,6 +36,7 @@ from .kla.modeling_kla import (
 )
 from .training.bayesian_model import (
     KalmanBayesianConfig,
+    KalmanBayesianDecisionTransformer,
     KalmanBayesianForSequenceClassification,
     KalmanBayesianForTokenClassification,
 )
@@ -61,6 +62,7 @@ ARCHITECTURES = {
     HybridQwen3Config: {AutoModel: HybridQwen3Model, AutoModelForCausalLM: HybridQwen3ForCausalLM},
     KalmanWorldModelConfig: {AutoModel: KalmanWorldModel},
     KalmanBayesianConfig: {
+        AutoModel: KalmanBayesianDecisionTransformer,
         AutoModelForSequenceClassification: KalmanBayesianForSequenceClassification,
         AutoModelForTokenClassification: KalmanBayesianForTokenClassification,
     },

@@ -122,3 +122,58 @@ def test_what_does_not_fit_is_refused():
     odd.config.num_labels = 7
     with pytest.raises(ValueError, match="a linear layer with 7 outputs"):
         KalmanBayesianForSequenceClassification.from_classifier(odd)
+
+
+def decision_transformer(**fields):
+    from transformers import DecisionTransformerConfig, DecisionTransformerModel
+
+    torch.manual_seed(0)
+    own = {"state_dim": 3, "act_dim": 4, "hidden_size": 16, "max_ep_len": 20, "n_layer": 1, "n_head": 2}
+    return DecisionTransformerModel(DecisionTransformerConfig(**{**own, "action_tanh": False, **fields})).eval()
+
+
+def episode(length=5, act_dim=4):
+    return {
+        "states": torch.randn(length, 3),
+        "actions": torch.nn.functional.one_hot(torch.randint(act_dim, (length,)), act_dim).float(),
+        "returns_to_go": torch.randn(length, 1),
+        "timesteps": torch.arange(length),
+        "attention_mask": torch.ones(length, dtype=torch.long),
+    }
+
+
+@pytest.mark.parametrize("likelihood", ["categorical", "gaussian"])
+def test_a_decision_transformer_learns_actions_from_a_stream(likelihood, tmp_path):
+    from transformers import AutoModel
+
+    from hf_kalman.training import KalmanBayesianDecisionTransformer
+
+    transformer, sample = decision_transformer(), episode()
+    batch = {name: value[None] for name, value in sample.items()}
+    expected = transformer(**batch).action_preds
+    options = {"likelihood": likelihood, "variance": 0.5, "covariance": "full"}
+    model = KalmanBayesianDecisionTransformer.from_classifier(transformer, "direct", **options)
+    found = model(**batch)
+    if likelihood == "categorical":
+        torch.testing.assert_close(found.logits, expected.log_softmax(-1), rtol=0, atol=1e-6)
+        # The last action alone is known.
+        labels = torch.tensor([-100, -100, -100, -100, 2])
+    else:
+        torch.testing.assert_close(found.values, expected, rtol=0, atol=1e-6)
+        labels = torch.full((5, 4), float("nan"))
+        labels[-1] = torch.tensor([0.0, 0.0, 3.0, 0.0])
+    report = model.fit_stream([{**sample, "labels": labels}] * 6)
+    assert report.seen == 6 and report.log_likelihoods[-1] > report.log_likelihoods[0]
+    after = model(**batch)
+    assert (after.logits if likelihood == "categorical" else after.values)[0, -1].argmax() == 2
+    model.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path)
+    assert isinstance(again, KalmanBayesianDecisionTransformer)
+    torch.testing.assert_close(again(**batch).variances, after.variances, rtol=0, atol=0)
+
+
+def test_a_decision_transformer_with_bounded_actions_is_refused():
+    from hf_kalman.training import KalmanBayesianDecisionTransformer
+
+    with pytest.raises(ValueError, match="action_tanh=False"):
+        KalmanBayesianDecisionTransformer.from_classifier(decision_transformer(action_tanh=True))

@@ -4,6 +4,7 @@ from .baselines import LastLayerLaplace, WarmStart
 from .bayesian_head import HeadPrediction, KalmanBayesianHead, relu_moments, softmax_moments
 from .bayesian_model import (
     KalmanBayesianConfig,
+    KalmanBayesianDecisionTransformer,
     KalmanBayesianForSequenceClassification,
     KalmanBayesianForTokenClassification,
     KalmanBayesianOutput,
@@ -37,6 +38,7 @@ __all__ = [
     "InnovationReport",
     "InnovationTuner",
     "KalmanBayesianConfig",
+    "KalmanBayesianDecisionTransformer",
     "KalmanBayesianForSequenceClassification",
     "KalmanBayesianForTokenClassification",
     "KalmanBayesianHead",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     PreTrainedConfig,
@@ -22,6 +23,7 @@ from .bayesian_head import KalmanBayesianHead, log_of
 
 __all__ = [
     "KalmanBayesianConfig",
+    "KalmanBayesianDecisionTransformer",
     "KalmanBayesianForSequenceClassification",
     "KalmanBayesianForTokenClassification",
     "KalmanBayesianOutput",
@@ -61,15 +63,17 @@ class KalmanBayesianOutput(ModelOutput):
 
     Args:
         loss: mean of -log of the labels' predictive probabilities, in nats.
-        logits: (B, V) or (B, T, V): logarithms of the predictive probabilities.
-        variances: of the same shape: of the head's outputs, in squared nats.
-        probability_variances: of the same shape: of the probabilities.
+        logits: (B, V) or (B, T, V): logarithms of the predictive probabilities; None for a regression.
+        variances: of the same shape: of the head's outputs, in squared nats; of a regression, in squares of its values.
+        probability_variances: of the same shape: of the probabilities; None for a regression.
+        values: (B, V) or (B, T, V) of a regression, its means; None for classes.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     variances: Tensor | None = None
     probability_variances: Tensor | None = None
+    values: Tensor | None = None
 
 
 class StreamReport(NamedTuple):
@@ -77,7 +81,7 @@ class StreamReport(NamedTuple):
 
     Args:
         log_likelihoods: of the labels, in nats.
-        correct: whether the likeliest class was right.
+        correct: whether the likeliest class was right; empty for a regression.
         seen: samples that the model has learned from in all.
     """
 
@@ -90,6 +94,8 @@ class _KalmanBayesianClassifier(PreTrainedModel):
     config_class = KalmanBayesianConfig
     base_model_prefix = "classifier"
     auto: Any = None
+    # Where the classifier returns what goes into its last layer, once that is the identity.
+    output = "logits"
 
     def __init__(self, config: KalmanBayesianConfig) -> None:
         super().__init__(config)
@@ -121,18 +127,11 @@ class _KalmanBayesianClassifier(PreTrainedModel):
         Raises:
             ValueError: the model has no last linear layer with as many outputs as labels.
         """
-        count = model.config.num_labels
-        fitting = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.out_features == count]
-        if not fitting:
-            raise ValueError(
-                f"{cls.__name__}.from_classifier: `model` must have a linear layer with {count} outputs, one for each "
-                f"label, got {type(model).__name__}."
-            )
-        linear = cast(nn.Linear, model.get_submodule(fitting[-1]))
+        name, linear = cls._last_linear(model)
         head = KalmanBayesianHead.from_linear(linear, mode, **options)
         config = KalmanBayesianConfig(
             classifier_config=model.config.to_dict(),
-            linear=fitting[-1],
+            linear=name,
             head_sizes=list(head.sizes),
             head_options={"likelihood": "categorical", **options},
             id2label=model.config.id2label,
@@ -140,18 +139,30 @@ class _KalmanBayesianClassifier(PreTrainedModel):
         )
         with torch.device("meta"):
             made = cls(config)
-        model.set_submodule(fitting[-1], nn.Identity())
+        model.set_submodule(name, nn.Identity())
         made.classifier, made.head = model.requires_grad_(False), head
         made.seen = torch.zeros((), dtype=torch.int64, device=linear.weight.device)
         return made.eval()
 
+    @classmethod
+    def _last_linear(cls, model: PreTrainedModel) -> tuple[str, nn.Linear]:
+        """The layer that the head replaces, and the name of the module that becomes the identity."""
+        count = model.config.num_labels
+        fitting = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.out_features == count]
+        if not fitting:
+            raise ValueError(
+                f"{cls.__name__}.from_classifier: `model` must have a linear layer with {count} outputs, one for each "
+                f"label, got {type(model).__name__}."
+            )
+        return fitting[-1], cast(nn.Linear, model.get_submodule(fitting[-1]))
+
     @torch.no_grad()
     def features(self, **inputs: Any) -> Tensor:
-        """What the head reads: (B, inputs), or (B, T, inputs) for token classification."""
+        """What the head reads: (B, inputs), or (B, T, inputs) where every token has an output."""
         training = self.classifier.training
         self.classifier.eval()
         try:
-            return self.classifier(**inputs).logits.float()
+            return self.classifier(**inputs)[self.output].float()
         finally:
             self.classifier.train(training)
 
@@ -160,10 +171,12 @@ class _KalmanBayesianClassifier(PreTrainedModel):
         """Predictive distribution of inputs of the classifier.
 
         Args:
-            labels: (B,) or (B, T) classes; -100 for none.
+            labels: (B,) or (B, T) classes; -100 for none. Not of a regression.
             inputs: of the classifier.
         """
         found = self.head(self.features(**inputs))
+        if found.probabilities is None:
+            return KalmanBayesianOutput(variances=found.variance, values=found.mean)
         logits = log_of(found.probabilities)
         loss = None
         if labels is not None:
@@ -182,7 +195,8 @@ class _KalmanBayesianClassifier(PreTrainedModel):
         """Learn from samples in their order, one in memory, each scored before it is learned from.
 
         Args:
-            samples: dictionaries of unbatched inputs and `labels`: a class, or one for each token (-100 for none).
+            samples: dictionaries of unbatched inputs and `labels`: a class, or one for each token (-100 for none); of a
+                regression values (V,) or (T, V), with rows of NaN for none.
             resume: leave out the first samples, as many as the model has seen: a saved model goes on in the same
                 stream where it stopped, bit for bit.
             progress: whether to show a progress bar.
@@ -203,12 +217,14 @@ class _KalmanBayesianClassifier(PreTrainedModel):
                 )
             inputs = {k: torch.as_tensor(v, device=self.device)[None] for k, v in sample.items() if k != "labels"}
             features = self.features(**inputs)[0].reshape(-1, self.head.sizes[0])
-            labels = torch.as_tensor(sample["labels"], device=self.device).reshape(-1)
+            labels = torch.as_tensor(sample["labels"], device=self.device)
+            labels = labels.reshape(-1, self.head.sizes[-1]) if labels.is_floating_point() else labels.reshape(-1)
             own = []
             for row, label in zip(features, labels, strict=True):
-                if label == -100:
+                if label.isnan().all() if label.is_floating_point() else label == -100:
                     continue
-                correct.append(bool(self.head(row[None]).mean[0].argmax() == label))
+                if not label.is_floating_point():
+                    correct.append(bool(self.head(row[None]).mean[0].argmax() == label))
                 own.append(self.head.filter_step(row, label))
             scores += own
             self.seen += 1
@@ -232,3 +248,28 @@ class KalmanBayesianForTokenClassification(_KalmanBayesianClassifier):
     """As `KalmanBayesianForSequenceClassification`, for one label per token."""
 
     auto = AutoModelForTokenClassification
+
+
+class KalmanBayesianDecisionTransformer(_KalmanBayesianClassifier):
+    """`DecisionTransformerModel` of the host, frozen, with a `KalmanBayesianHead` for its actions.
+
+    Discretised actions: a model with one-hot actions whose `action_preds` are logits, and the head's default
+    likelihood; `logits` (B, T, act_dim) are of the action at each state. Continuous ones: likelihood="gaussian", and
+    `values`.
+
+    model = KalmanBayesianDecisionTransformer.from_classifier(transformer, "direct", variance=0.1)
+    model.fit_stream(samples)  # dictionaries of states, actions, returns_to_go, timesteps, labels
+    """
+
+    auto = AutoModel
+    output = "action_preds"
+
+    @classmethod
+    def _last_linear(cls, model: PreTrainedModel) -> tuple[str, nn.Linear]:
+        predict = getattr(model, "predict_action", None)
+        if not isinstance(predict, nn.Sequential) or len(predict) != 1 or not isinstance(predict[0], nn.Linear):
+            raise ValueError(
+                f"{cls.__name__}.from_classifier: `model` must be a DecisionTransformerModel with action_tanh=False, "
+                f"whose actions are linear in what it read, got {type(model).__name__}."
+            )
+        return "predict_action", predict[0]
