@@ -170,8 +170,7 @@ def run(method, value, seed, setting="plain"):
     return {**result, **({"along": along} if along else {})}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(parser):
     parser.add_argument("model")
     parser.add_argument("--corpus", required=True)
     parser.add_argument("--seeds", type=int, default=10)
@@ -181,7 +180,10 @@ def main():
         "--features", type=Path, help="file that keeps the features, which take longest, for a next run"
     )
     parser.add_argument("--output", type=Path, default=RESULTS)
-    options = parser.parse_args()
+
+
+def prepare(options):
+    """Fill DATA with a split for each seed; the device that the features were computed on."""
     from transformers import AutoTokenizer
 
     from kalman_conversion import load_model
@@ -201,6 +203,14 @@ def main():
         if options.features is not None:
             torch.save((old, new), options.features)
     DATA.update({seed: split(old, new, labels, seed) for seed in range(options.seeds + 2)})
+    return device
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments(parser)
+    options = parser.parse_args()
+    device = prepare(options)
     result = {"model": "SmolLM2-135M-Instruct (de-quantised Q4_1)", "environment": environment(device)}
     result |= {"fit": FIT, "stream": STREAM, "test": TEST, "search": [], "runs": []}
     with multiprocessing.get_context("spawn").Pool(options.jobs, begin, (DATA,)) as pool:

@@ -37,6 +37,7 @@ from .kla.modeling_kla import (
 from .training.bayesian_model import (
     KalmanBayesianConfig,
     KalmanBayesianDecisionTransformer,
+    KalmanBayesianForCausalLM,
     KalmanBayesianForSequenceClassification,
     KalmanBayesianForTokenClassification,
 )
@@ -63,6 +64,7 @@ ARCHITECTURES = {
     KalmanWorldModelConfig: {AutoModel: KalmanWorldModel},
     KalmanBayesianConfig: {
         AutoModel: KalmanBayesianDecisionTransformer,
+        AutoModelForCausalLM: KalmanBayesianForCausalLM,
         AutoModelForSequenceClassification: KalmanBayesianForSequenceClassification,
         AutoModelForTokenClassification: KalmanBayesianForTokenClassification,
     },

@@ -62,7 +62,7 @@ def test_a_new_model_says_what_the_classifier_said(kind):
     found = model(**rows)
     torch.testing.assert_close(found.logits.exp(), wanted.logits.softmax(-1), rtol=0, atol=2e-6)
     torch.testing.assert_close(found.loss, wanted.loss, rtol=1e-5, atol=1e-6)
-    assert (found.variances > 0).all() and not any(p.requires_grad for p in model.parameters())
+    assert (found.variances > 0).all() and [n for n, p in model.named_parameters() if p.requires_grad] == ["anchor"]
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "gka tokens"])
@@ -177,3 +177,62 @@ def test_a_decision_transformer_with_bounded_actions_is_refused():
 
     with pytest.raises(ValueError, match="action_tanh=False"):
         KalmanBayesianDecisionTransformer.from_classifier(decision_transformer(action_tanh=True))
+
+
+@pytest.mark.parametrize("family", ["gka", "llama tied"])
+def test_a_language_model_learns_which_of_some_tokens_comes_next(family, tmp_path):
+    from tiny import tiny_model
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    from hf_kalman.training import KalmanBayesianForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    tied = LlamaConfig(**sizes, num_attention_heads=4, tie_word_embeddings=True)
+    language_model = tiny_model() if family == "gka" else LlamaForCausalLM(tied).eval()
+    ids, answers = torch.randint(3, 61, (1, 9)), [7, 40, 21]
+    expected = language_model(ids).logits[0, :, answers].log_softmax(-1)
+    model = KalmanBayesianForCausalLM.from_language_model(language_model, answers, variance=1.0, covariance="full")
+    torch.testing.assert_close(model(input_ids=ids).logits[0], expected, rtol=0, atol=2e-6)
+    labels = torch.full((9,), -100)
+    labels[3], labels[8] = 55, 21  # 55 is none of the answers.
+    report = model.fit_stream([{"input_ids": ids[0], "labels": labels}] * 4)
+    assert len(report.log_likelihoods) == 4 and report.log_likelihoods[-1] > report.log_likelihoods[0]
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(again, KalmanBayesianForCausalLM)
+    torch.testing.assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=1e-6)
+    for wrong in ([3], [3, 3], [3, 61]):
+        with pytest.raises(ValueError, match="`token_ids`"):
+            KalmanBayesianForCausalLM.from_language_model(tiny_model(), wrong)
+
+
+def test_the_stock_trainer_streams(tmp_path):
+    """What `fit_stream` learns from the same samples, scored in the logs; the Trainer's optimizer changes nothing."""
+    from transformers import Trainer, TrainingArguments
+
+    data = samples(12)
+    models = [
+        KalmanBayesianForSequenceClassification.from_classifier(classifier("gka"), "direct", variance=0.3)
+        for _ in range(2)
+    ]
+    model, other = models
+    expected = model.fit_stream(data)
+    arguments = TrainingArguments(
+        tmp_path,
+        per_device_train_batch_size=1,
+        num_train_epochs=1,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = Trainer(other, arguments, train_dataset=data)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    torch.testing.assert_close(torch.tensor(losses), -torch.tensor(expected.log_likelihoods), rtol=1e-3, atol=1e-4)
+    for (name, a), b in zip(model.head.state_dict().items(), other.head.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+    assert int(other.seen) == 12 and other.anchor == 0

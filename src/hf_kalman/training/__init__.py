@@ -5,6 +5,7 @@ from .bayesian_head import HeadPrediction, KalmanBayesianHead, relu_moments, sof
 from .bayesian_model import (
     KalmanBayesianConfig,
     KalmanBayesianDecisionTransformer,
+    KalmanBayesianForCausalLM,
     KalmanBayesianForSequenceClassification,
     KalmanBayesianForTokenClassification,
     KalmanBayesianOutput,
@@ -39,6 +40,7 @@ __all__ = [
     "InnovationTuner",
     "KalmanBayesianConfig",
     "KalmanBayesianDecisionTransformer",
+    "KalmanBayesianForCausalLM",
     "KalmanBayesianForSequenceClassification",
     "KalmanBayesianForTokenClassification",
     "KalmanBayesianHead",

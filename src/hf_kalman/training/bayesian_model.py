@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers import initialization as init
 from transformers.utils import logging
 from transformers.utils.generic import ModelOutput
 
@@ -24,6 +25,7 @@ from .bayesian_head import KalmanBayesianHead, log_of
 __all__ = [
     "KalmanBayesianConfig",
     "KalmanBayesianDecisionTransformer",
+    "KalmanBayesianForCausalLM",
     "KalmanBayesianForSequenceClassification",
     "KalmanBayesianForTokenClassification",
     "KalmanBayesianOutput",
@@ -37,9 +39,10 @@ class KalmanBayesianConfig(PreTrainedConfig):
     Args:
         classifier_config: of the classifier whose last linear layer the head replaces, as a dictionary with its
             `model_type`.
-        linear: name of that layer in the classifier.
+        linear: name of that layer in the classifier; empty for a model without one.
         head_sizes: widths of the head.
         head_options: further arguments of `KalmanBayesianHead`.
+        token_ids: of a language model: the tokens that are the classes.
     """
 
     model_type = "kalman_bayesian"
@@ -50,9 +53,10 @@ class KalmanBayesianConfig(PreTrainedConfig):
         linear: str = "score",
         head_sizes: list[int] | None = None,
         head_options: dict[str, Any] | None = None,
+        token_ids: list[int] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.classifier_config, self.linear = classifier_config, linear
+        self.classifier_config, self.linear, self.token_ids = classifier_config, linear, token_ids
         self.head_sizes, self.head_options = head_sizes, dict(head_options or {})
         super().__init__(**kwargs)
 
@@ -96,6 +100,9 @@ class _KalmanBayesianClassifier(PreTrainedModel):
     auto: Any = None
     # Where the classifier returns what goes into its last layer, once that is the identity.
     output = "logits"
+    # Always 0.
+    _keys_to_ignore_on_save = ["anchor"]
+    _keys_to_ignore_on_load_missing = ["anchor"]
 
     def __init__(self, config: KalmanBayesianConfig) -> None:
         super().__init__(config)
@@ -106,14 +113,19 @@ class _KalmanBayesianClassifier(PreTrainedModel):
             )
         inner = AutoConfig.for_model(**config.classifier_config)
         self.classifier = self.auto.from_config(inner)
-        self.classifier.set_submodule(config.linear, nn.Identity())
+        if config.linear:
+            self.classifier.set_submodule(config.linear, nn.Identity())
         self.classifier.requires_grad_(False)
         self.head = KalmanBayesianHead(config.head_sizes, **config.head_options)
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        # What a Trainer differentiates: the filter needs no gradient, and this one is 0.
+        self.anchor = nn.Parameter(torch.zeros(()))
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         """The classifier's own weights are its business; the head begins where it is put."""
+        if module is self:
+            init.zeros_(self.anchor)
 
     @classmethod
     def from_classifier(cls, model: PreTrainedModel, mode: str = "copy_negative_inputs", **options: Any):
@@ -127,7 +139,11 @@ class _KalmanBayesianClassifier(PreTrainedModel):
         Raises:
             ValueError: the model has no last linear layer with as many outputs as labels.
         """
-        name, linear = cls._last_linear(model)
+        return cls._around(model, *cls._last_linear(model), mode, options)
+
+    @classmethod
+    def _around(cls, model: PreTrainedModel, name: str, linear: nn.Linear, mode: str, options: dict[str, Any]):
+        """The model with a head that begins as `linear` in place of the module `name`, or last where that is ""."""
         head = KalmanBayesianHead.from_linear(linear, mode, **options)
         config = KalmanBayesianConfig(
             classifier_config=model.config.to_dict(),
@@ -139,9 +155,11 @@ class _KalmanBayesianClassifier(PreTrainedModel):
         )
         with torch.device("meta"):
             made = cls(config)
-        model.set_submodule(name, nn.Identity())
+        if name:
+            model.set_submodule(name, nn.Identity())
         made.classifier, made.head = model.requires_grad_(False), head
         made.seen = torch.zeros((), dtype=torch.int64, device=linear.weight.device)
+        made.anchor = nn.Parameter(torch.zeros((), device=linear.weight.device))
         return made.eval()
 
     @classmethod
@@ -166,22 +184,50 @@ class _KalmanBayesianClassifier(PreTrainedModel):
         finally:
             self.classifier.train(training)
 
-    @torch.no_grad()
     def forward(self, labels: Tensor | None = None, **inputs: Any) -> KalmanBayesianOutput:
-        """Predictive distribution of inputs of the classifier.
+        """Predictive distribution of inputs of the classifier; in training mode the labels are learned, too.
+
+        So the stock `Trainer` streams: every row of its batches is scored and then learned from, in their order. The
+        loss is what was scored, its gradient 0: the Trainer's own optimizer changes nothing. Its
+        `remove_unused_columns` must be False, its `train_sampling_strategy` "sequential" for a stream.
 
         Args:
-            labels: (B,) or (B, T) classes; -100 for none. Not of a regression.
+            labels: as `fit_stream` takes them, in batches: (B,) or (B, T) classes, -100 for none; of a regression
+                values (B, V) or (B, T, V), learned in training mode and not scored otherwise.
             inputs: of the classifier.
         """
-        found = self.head(self.features(**inputs))
-        if found.probabilities is None:
-            return KalmanBayesianOutput(variances=found.variance, values=found.mean)
-        logits = log_of(found.probabilities)
-        loss = None
-        if labels is not None:
-            loss = nn.functional.nll_loss(logits.flatten(0, -2), labels.flatten(), ignore_index=-100)
-        return KalmanBayesianOutput(loss, logits, found.variance, found.probability_variance)
+        with torch.no_grad():
+            features = self.features(**inputs)
+            found = self.head(features)
+            logits = None if found.probabilities is None else log_of(found.probabilities)
+            values = found.mean if logits is None else None
+            loss = None
+            if labels is not None and self.training:
+                scores, _ = self._learn(features, self._classes(labels))
+                self.seen += len(features)
+                loss = -features.new_tensor(scores).mean()
+            elif labels is not None and logits is not None:
+                wanted = self._classes(labels).flatten()
+                loss = nn.functional.nll_loss(logits.flatten(0, -2), wanted, ignore_index=-100)
+        loss = loss if loss is None or not self.training else loss + 0 * self.anchor
+        return KalmanBayesianOutput(loss, logits, found.variance, found.probability_variance, values)
+
+    def _classes(self, labels: Tensor) -> Tensor:
+        """Labels as the head's classes."""
+        return labels
+
+    def _learn(self, features: Tensor, labels: Tensor) -> tuple[list[float], list[bool]]:
+        """Log-likelihoods of the labels before each was learned, and whether the likeliest class was right."""
+        features = features.reshape(-1, self.head.sizes[0])
+        labels = labels.reshape(-1, self.head.sizes[-1]) if labels.is_floating_point() else labels.reshape(-1)
+        scores, correct = [], []
+        for row, label in zip(features, labels, strict=True):
+            if label.isnan().all() if label.is_floating_point() else label == -100:
+                continue
+            if not label.is_floating_point():
+                correct.append(bool(self.head(row[None]).mean[0].argmax() == label))
+            scores.append(self.head.filter_step(row, label))
+        return scores, correct
 
     @torch.no_grad()
     def fit_stream(
@@ -216,17 +262,10 @@ class _KalmanBayesianClassifier(PreTrainedModel):
                     f"{type(self).__name__}.fit_stream: sample {number} must have `labels`, got {list(sample)}."
                 )
             inputs = {k: torch.as_tensor(v, device=self.device)[None] for k, v in sample.items() if k != "labels"}
-            features = self.features(**inputs)[0].reshape(-1, self.head.sizes[0])
-            labels = torch.as_tensor(sample["labels"], device=self.device)
-            labels = labels.reshape(-1, self.head.sizes[-1]) if labels.is_floating_point() else labels.reshape(-1)
-            own = []
-            for row, label in zip(features, labels, strict=True):
-                if label.isnan().all() if label.is_floating_point() else label == -100:
-                    continue
-                if not label.is_floating_point():
-                    correct.append(bool(self.head(row[None]).mean[0].argmax() == label))
-                own.append(self.head.filter_step(row, label))
+            labels = self._classes(torch.as_tensor(sample["labels"], device=self.device))
+            own, right = self._learn(self.features(**inputs)[0], labels)
             scores += own
+            correct += right
             self.seen += 1
             if after is not None:
                 after(number, sum(own) / max(len(own), 1))
@@ -273,3 +312,61 @@ class KalmanBayesianDecisionTransformer(_KalmanBayesianClassifier):
                 f"whose actions are linear in what it read, got {type(model).__name__}."
             )
         return "predict_action", predict[0]
+
+
+class KalmanBayesianForCausalLM(_KalmanBayesianClassifier):
+    """Language model, frozen, with a `KalmanBayesianHead` that says which of a few tokens comes next.
+
+    The head begins as the rows of `lm_head` for those tokens; `labels` are token ids at the position that predicts them
+    (no shift), and others than those tokens count as none.
+
+    model = KalmanBayesianForCausalLM.from_language_model(model, tokenizer.convert_tokens_to_ids(["yes", "no"]))
+    """
+
+    # Without its head, which may be tied to the embeddings.
+    auto = AutoModel
+    output = "last_hidden_state"
+
+    @classmethod
+    def from_language_model(cls, model: PreTrainedModel, token_ids: list[int], mode: str = "direct", **options: Any):
+        """A language model that answers with one of some tokens, with its own probabilities of them at first.
+
+        Args:
+            model: causal language model; its weights are shared.
+            token_ids: the tokens, at least two.
+            mode: see `KalmanBayesianHead.from_linear`.
+            options: of the head.
+
+        Raises:
+            ValueError: fewer than two tokens, some twice or not of the vocabulary; or logits that are no linear
+                function of the hidden states.
+        """
+        config, head = model.config, cast(nn.Linear, model.get_output_embeddings())
+        unfit = len(set(token_ids)) != len(token_ids) or len(token_ids) < 2
+        if unfit or not 0 <= min(token_ids) <= max(token_ids) < config.vocab_size:
+            raise ValueError(
+                f"{cls.__name__}.from_language_model: `token_ids` must be two or more different ids below "
+                f"{config.vocab_size}, got {token_ids!r}."
+            )
+        if getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_scaling", 1.0) != 1.0:
+            raise ValueError(
+                f"{cls.__name__}.from_language_model: `model` must have logits that are linear in its hidden states, "
+                "got final_logit_softcapping or logits_scaling."
+            )
+        kept = nn.Linear(head.in_features, len(token_ids), bias=head.bias is not None, device=head.weight.device)
+        with torch.no_grad():
+            kept.weight.copy_(head.weight[token_ids])
+            if head.bias is not None:
+                kept.bias.copy_(head.bias[token_ids])
+        made = cls._around(cast(PreTrainedModel, model.base_model), "", kept, mode, options)
+        made.config.token_ids = [int(token) for token in token_ids]
+        return made
+
+    @classmethod
+    def _last_linear(cls, model: PreTrainedModel) -> tuple[str, nn.Linear]:
+        raise ValueError(f"{cls.__name__}: use from_language_model(model, token_ids).")
+
+    def _classes(self, labels: Tensor) -> Tensor:
+        tokens = torch.tensor(self.config.token_ids, device=labels.device)
+        equal = labels[..., None] == tokens
+        return torch.where(equal.any(-1), equal.int().argmax(-1), -100)
