@@ -12,9 +12,8 @@ import pytest
 import torch
 from fake_hub import FakeHub
 from tiny import SHAPES, tiny_model, tokens
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM
 
-import hf_kalman
 from hf_kalman.hub import bundle as bundling
 from hf_kalman.hub import check_checkpoint, push_to_hub, write_bundle
 from hf_kalman.hub.check import CHECKSUMS
@@ -223,7 +222,11 @@ def test_an_adapter_travels_with_its_posterior(hub, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
     optimizer = KalmanOptimizer([p for p in model.parameters() if p.requires_grad], 0.1, structure="block")
-    report = push_to_hub(model, "adapter", optimizer=optimizer, dry_run=True)
+    with pytest.raises(ValueError, match="`base_model`"):
+        push_to_hub(model, "adapter", dry_run=True)
+    with pytest.raises(ValueError, match="`base_model` 'a/b' is for adapters"):
+        push_to_hub(tmp_path / "base", "adapter", base_model="a/b", dry_run=True)
+    report = push_to_hub(model, "adapter", optimizer=optimizer, base_model="someone/base", dry_run=True)
     assert {"adapter_model.safetensors", "kalman_posterior.safetensors", "README.md"} <= set(report.files)
     assert not any(name.endswith(".py") for name in report.files) and "config.json" not in report.files
 
@@ -302,4 +305,3 @@ def test_bad_input_is_refused_before_anything_is_sent(hub, tmp_path):
     with pytest.raises(ValueError, match="[Rr]epo id"):
         push_to_hub(tmp_path / "model", "a/b/c")
     assert not hub.requests
-    assert hf_kalman.__version__ and PreTrainedModel

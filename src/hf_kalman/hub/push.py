@@ -45,6 +45,7 @@ def push_to_hub(
     card: ModelCard | None = None,
     figures: Iterable[str | Path] = (),
     optimizer: KalmanOptimizer | None = None,
+    base_model: str | None = None,
     code: bool | None = None,
     private: bool = True,
     dry_run: bool = False,
@@ -66,6 +67,7 @@ def push_to_hub(
         card: by default a folder's README.md, or a card of what the configuration says (`model_card`).
         figures: image files that the card shows.
         optimizer: filter whose posterior goes along (`save_posterior`), so that adaptation can go on elsewhere.
+        base_model: Hub id of the model that an adapter belongs to, where it was trained on a copy in a folder.
         code: whether the model's code goes along, for `trust_remote_code=True` without this package; by default where
             there is such code: GKA and KLA models that are no adapters.
         private: of a repository that is created here; an existing one stays what it is.
@@ -87,6 +89,7 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as folder:
         stage = Path(folder)
         _save(model, stage, tokenizer, max_shard_size)
+        _name_base(stage, base_model)
         if optimizer is not None:
             if isinstance(model, str | Path):
                 raise ValueError(
@@ -130,6 +133,24 @@ def _save(model: Any, stage: Path, tokenizer: Any, max_shard_size: str) -> None:
         raise ValueError(f"push_to_hub: `model` must be a model or the folder of one, got {type(model).__name__}.")
     if tokenizer is not None:
         tokenizer.save_pretrained(stage)
+
+
+def _name_base(stage: Path, base_model: str | None) -> None:
+    """Let an adapter name its base model as others find it."""
+    file = stage / "adapter_config.json"
+    if not file.is_file():
+        if base_model is not None:
+            raise ValueError(f"push_to_hub: `base_model` {base_model!r} is for adapters, and `model` is none.")
+        return
+    config = json.loads(file.read_text(encoding="utf-8"))
+    named = base_model or config.get("base_model_name_or_path")
+    if not named or Path(named).exists():
+        raise ValueError(
+            f"push_to_hub: the adapter's base model is {named!r}, which others do not have; give its Hub id as "
+            "`base_model`."
+        )
+    config["base_model_name_or_path"] = named
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _add_code(stage: Path, code: bool | None) -> None:
