@@ -77,48 +77,49 @@ def dot(a, b):
     return (a * b).sum(-1, keepdim=True)
 
 
-def chebyshev(problem, count):
+def chebyshev(problem):
+    """The iterates, from the first; so do the others."""
     middle, half = (problem.top + problem.ridge) / 2, (problem.top - problem.ridge) / 2
     x = problem.right / middle
     residual, rho = problem.right - problem.times(x), 1 / middle
     direction = residual / middle
-    for number in range(count):
+    for number in range(ITERATIONS[-1]):
         x = x + direction
+        yield x
         residual = residual - problem.times(direction)
         rho_new = 1 / (middle - half.square() * rho / (4 if number else 2))
         direction = rho_new * residual + half.square() / (4 if number else 2) * rho * rho_new * direction
         rho = rho_new
-    return x
 
 
-def gradient_descent(problem, count):
+def gradient_descent(problem):
     rate, x = 2 / (problem.top + problem.ridge), torch.zeros_like(problem.right)
-    for _ in range(count):
+    for _ in range(ITERATIONS[-1]):
         x = x + rate * (problem.right - problem.times(x))
-    return x
+        yield x
 
 
-def accelerated(problem, count):
+def accelerated(problem):
     rate, root = 1 / problem.top, (problem.ridge / problem.top).sqrt()
     momentum, x = (1 - root) / (1 + root), torch.zeros_like(problem.right)
     ahead = x
-    for _ in range(count):
+    for _ in range(ITERATIONS[-1]):
         new = ahead + rate * (problem.right - problem.times(ahead))
         ahead, x = new + momentum * (new - x), new
-    return x
+        yield x
 
 
-def conjugate(problem, count, rounded=False):
+def conjugate(problem, rounded=False):
     x, residual = torch.zeros_like(problem.right), problem.right
     direction, square = residual, dot(residual, residual)
-    for _ in range(count):
+    for _ in range(ITERATIONS[-1]):
         used = narrow(direction, problem.dtype) if rounded else direction
         product = problem.times(used)
         rate = square / dot(used, product).clamp(min=1e-30)
         x, residual = x + rate * used, residual - rate * product
+        yield x
         new = dot(residual, residual)
         direction, square = residual + new / square.clamp(min=1e-30) * used, new
-    return x
 
 
 SOLVERS = {
@@ -126,7 +127,7 @@ SOLVERS = {
     "gradient descent": gradient_descent,
     "accelerated gradient descent": accelerated,
     "conjugate gradients": conjugate,
-    "conjugate gradients, rounded direction": lambda problem, count: conjugate(problem, count, True),
+    "conjugate gradients, rounded direction": lambda problem: conjugate(problem, True),
 }
 
 
@@ -134,11 +135,8 @@ def figures(values):
     return {"median": values.nanmedian().item(), "worst": values.nan_to_num(nan=float("inf")).max().item()}
 
 
-def measured(matrix, ridge, queries, cotangents, dtype, solve, count):
-    exact = matrix + ridge[:, None, None] * torch.eye(WIDTH, dtype=torch.float64)
-    wanted = [torch.linalg.solve(exact, v) for v in (queries, cotangents)]
-    x, y = (solve(Problem(matrix, ridge, v, dtype), count).double() for v in (queries, cotangents))
-    norm = torch.linalg.vector_norm
+def errors(exact, x, y, queries, wanted):
+    x, y, norm = x.double(), y.double(), torch.linalg.vector_norm
     residual = norm((exact @ x[..., None])[..., 0] - queries, dim=-1) / norm(queries, dim=-1)
     error = norm(x - wanted[0], dim=-1) / norm(wanted[0], dim=-1)
     # || x y^T - x* y*^T ||_F over the norm of the latter, without the matrices.
@@ -154,12 +152,12 @@ def measured(matrix, ridge, queries, cotangents, dtype, solve, count):
     }
 
 
-def cholesky(problem, count):
+def cholesky(problem):
     """Of the rounded matrix, in float32; NaN where it is not positive."""
     matrix = problem.matrix + problem.ridge[..., None] * torch.eye(WIDTH)
     factor, info = torch.linalg.cholesky_ex(matrix)
     found = torch.cholesky_solve(problem.right[..., None], factor)[..., 0]
-    return torch.where(info[:, None] == 0, found, torch.nan)
+    yield torch.where(info[:, None] == 0, found, torch.nan)
 
 
 def draw(rows, folder):
@@ -175,7 +173,7 @@ def draw(rows, folder):
                 own = [
                     r
                     for r in rows
-                    if (r["solver"], r["ridge"], r["dtype"], r["keys"]) == (solver, ridge, dtype, "correlated")
+                    if (r["solver"], r["ridge"], r["dtype"], r["keys"]) == (solver, ridge, dtype, "rank 8")
                 ]
                 axis.plot([r["iterations"] for r in own], [r["error"]["worst"] for r in own], marker=".", label=solver)
             axis.set(xscale="log", yscale="log", ylim=(1e-7, 1e4), title=f"{dtype}, {ridge} ridge")
@@ -185,6 +183,7 @@ def draw(rows, folder):
     for axis in axes[:, 0]:
         axis.set_ylabel("relative error of x, worst system")
     axes[0, 0].legend(fontsize=7)
+    figure.suptitle("keys of rank 8 with a little noise")
     figure.savefig(folder / "solvers.png", dpi=130)
 
 
@@ -192,7 +191,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--redraw", action="store_true", help="only the figure, from the file in --output")
     options = parser.parse_args()
+    if options.redraw:
+        draw(json.loads((options.output / "solvers.json").read_text())["rows"], options.output)
+        return
     torch.set_num_threads(options.threads)
     rows = []
     for keys in KEYS:
@@ -202,12 +205,17 @@ def main():
         for ridge, constant in RIDGES.items():
             size = torch.linalg.matrix_norm(matrix)
             own = RATIO * size if constant is None else torch.full_like(size, constant)
+            exact = matrix + own[:, None, None] * torch.eye(WIDTH, dtype=torch.float64)
+            wanted = [torch.linalg.solve(exact, v) for v in (queries, cotangents)]
             for dtype in (torch.float32, torch.bfloat16):
+                problems = [Problem(matrix, own, v, dtype) for v in (queries, cotangents)]
                 for solver, solve in {**SOLVERS, "Cholesky": cholesky}.items():
-                    for count in (0,) if solver == "Cholesky" else ITERATIONS:
-                        row = {"keys": keys, "ridge": ridge, "dtype": str(dtype)[6:], "solver": solver}
-                        row["iterations"] = count
-                        rows.append({**row, **measured(matrix, own, queries, cotangents, dtype, solve, count)})
+                    pairs = zip(*map(solve, problems), strict=True)
+                    for count, (x, y) in enumerate(pairs, 0 if solver == "Cholesky" else 1):
+                        if count in (0, *ITERATIONS):
+                            row = {"keys": keys, "ridge": ridge, "dtype": str(dtype)[6:], "solver": solver}
+                            row["iterations"] = count
+                            rows.append({**row, **errors(exact, x, y, queries, wanted)})
         last = [r for r in rows if r["keys"] == keys and r["iterations"] in (0, 30)]
         for row in last:
             print(
