@@ -15,6 +15,7 @@ float64; systems that end in NaN or beyond 1e3.
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -132,7 +133,9 @@ SOLVERS = {
 
 
 def figures(values):
-    return {"median": values.nanmedian().item(), "worst": values.nan_to_num(nan=float("inf")).max().item()}
+    """Median and worst over systems; None where that is no number."""
+    found = {"median": values.nanmedian().item(), "worst": values.nan_to_num(nan=float("inf")).max().item()}
+    return {name: value if math.isfinite(value) else None for name, value in found.items()}
 
 
 def errors(exact, x, y, queries, wanted):
@@ -175,7 +178,12 @@ def draw(rows, folder):
                     for r in rows
                     if (r["solver"], r["ridge"], r["dtype"], r["keys"]) == (solver, ridge, dtype, "rank 8")
                 ]
-                axis.plot([r["iterations"] for r in own], [r["error"]["worst"] for r in own], marker=".", label=solver)
+                axis.plot(
+                    [r["iterations"] for r in own],
+                    [r["error"]["worst"] or math.nan for r in own],
+                    marker=".",
+                    label=solver,
+                )
             axis.set(xscale="log", yscale="log", ylim=(1e-7, 1e4), title=f"{dtype}, {ridge} ridge")
             axis.grid(alpha=0.3)
     for axis in axes[1]:
