@@ -27,6 +27,7 @@ _PUBLIC = {
     "KLAPreTrainedModel": ".kla.modeling_kla",
     "KalmanCacheLayer": ".cache",
     "encode_chunks": ".composition",
+    "push_to_hub": ".hub",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]  # pyright: ignore[reportUnsupportedDunderAll]

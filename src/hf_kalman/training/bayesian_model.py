@@ -311,7 +311,7 @@ class KalmanBayesianDecisionTransformer(_KalmanBayesianClassifier):
                 f"{cls.__name__}.from_classifier: `model` must be a DecisionTransformerModel with action_tanh=False, "
                 f"whose actions are linear in what it read, got {type(model).__name__}."
             )
-        return "predict_action", predict[0]
+        return "predict_action", cast(nn.Linear, predict[0])
 
 
 class KalmanBayesianForCausalLM(_KalmanBayesianClassifier):
