@@ -19,7 +19,7 @@ import statistics
 import bayesian_text
 import torch
 from bayesian_text import FILES, METHODS, arguments, begin, prepare
-from record import RESULTS, environment, write
+from record import RESULTS, environment, interval, write
 
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.6)
 COMPARED = (
@@ -99,7 +99,7 @@ def main():
             for share in SHARES:
                 scores = [r[name] for r in own if r["share"] == share]
                 row[f"{name}_{share}"] = round(statistics.mean(scores), 4)
-                row[f"{name}_{share}_95"] = round(1.96 * statistics.stdev(scores) / len(scores) ** 0.5, 4)
+                row[f"{name}_{share}_95"] = round(interval(scores), 4)
         result["summary"].append(row)
         print(json.dumps({k: v for k, v in row.items() if not k.endswith("_95")}), flush=True)
     write("bayesian_calibration", result, options.output)

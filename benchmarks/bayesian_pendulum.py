@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from record import RESULTS, environment, write
+from record import RESULTS, drawing, environment, interval, write
 from torch import nn
 
 from hf_kalman.training import KalmanBayesianHead, LastLayerLaplace, WarmStart
@@ -272,8 +272,8 @@ def summary(rows, seeds):
         row["ms_per_sample"] = round(statistics.mean(r["ms_per_sample"] for r in own), 3)
         for mark in MARKS:
             values = [r["along"][mark]["success"] for r in own]
-            error = 1.96 * statistics.stdev(values) / len(values) ** 0.5
-            row[f"success_{mark}"], row[f"success_{mark}_95"] = round(statistics.mean(values), 4), round(error, 4)
+            row[f"success_{mark}"] = round(statistics.mean(values), 4)
+            row[f"success_{mark}_95"] = round(interval(values), 4)
         wrong = [w for r in own if (w := r["along"][MARKS[-1]]["wrong_confidence"]) is not None]
         row["wrong_confidence"] = round(statistics.mean(wrong), 4) if wrong else None
         row["agreement"] = round(statistics.mean(r["along"][MARKS[-1]]["agreement"] for r in own), 4)
@@ -282,11 +282,9 @@ def summary(rows, seeds):
 
 
 def draw(rows, folder):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = drawing()
+    if plt is None:
+        return
     shifts = [shift for shift in SHIFTS if shift != "none"]
     figure, axes = plt.subplots(1, len(shifts), figsize=(4.4 * len(shifts), 3.6), sharey=True, layout="constrained")
     for axis, shift in zip(axes, shifts, strict=True):

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from healing_text import clean
-from record import RESULTS, environment, write
+from record import RESULTS, environment, interval, write
 from torch import nn
 
 from hf_kalman.training import KalmanBayesianHead, LastLayerLaplace, WarmStart
@@ -236,8 +236,7 @@ def main():
                 "log_loss": [r["log_loss"] for r in rows],
                 "ms_per_sample": [r["ms_per_sample"] for r in rows],
             }.items():
-                error = 1.96 * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-                row |= {name: round(statistics.mean(values), 4), f"{name}_95": round(error, 4)}
+                row |= {name: round(statistics.mean(values), 4), f"{name}_95": round(interval(values), 4)}
             result.setdefault("summary", []).append(row)
             print(json.dumps({k: v for k, v in row.items() if not k.endswith("_95")}), flush=True)
     write("bayesian_text", result, options.output)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from kalman_streaming import DOMAINS, one_pass
-from record import RESULTS, environment, write
+from record import RESULTS, drawing, environment, write
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -126,11 +126,9 @@ def name(row):
 
 def draw(result, folder):
     """Heat maps, one for each task."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = drawing()
+    if plt is None:
+        return
     tasks = list(dict.fromkeys(row["task"] for row in result["map"]))
     figure, axes = plt.subplots(1, len(tasks), figsize=(4.6 * len(tasks), 3.4), squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):

@@ -78,6 +78,11 @@ def drawing():
     return pyplot
 
 
+def interval(values):
+    """Half the width of the 95 % interval of a mean, by the normal distribution; 0 for a single value."""
+    return 1.96 * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
 def write(name, result, folder=RESULTS):
     """Write `result` to `<folder>/<name>.json`."""
     path = Path(folder) / f"{name}.json"

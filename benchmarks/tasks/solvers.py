@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from record import RESULTS, environment, write  # noqa: E402
+from record import RESULTS, drawing, environment, write  # noqa: E402
 
 BATCH, LENGTH, HEADS, WIDTH, EVERY = 8, 2048, 8, 128, 64
 RATIO = 0.02
@@ -164,11 +164,9 @@ def cholesky(problem):
 
 
 def draw(rows, folder):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = drawing()
+    if plt is None:
+        return
     figure, axes = plt.subplots(2, 3, figsize=(12, 6.4), sharex=True, sharey=True, layout="constrained")
     for line, dtype in zip(axes, ("float32", "bfloat16"), strict=True):
         for axis, ridge in zip(line, ("adaptive", "constant 0.1", "constant 0.01"), strict=True):

@@ -16,7 +16,13 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+from transformers import AutoModel, AutoModelForCausalLM
+
 import kalman_kernels
+
+from ..gka.configuration_gka import GKAConfig
+from ..kla.configuration_kla import KLAConfig
+from ..registration import ARCHITECTURES
 
 __all__ = ["AUTO_MAPS", "FILES", "bundle", "write_bundle"]
 
@@ -66,20 +72,14 @@ FILES = {
         "hf_kalman.kla.modeling_kla",
     ],
 }
-_HEADS = {
-    "AutoModel": "Model",
-    "AutoModelForCausalLM": "ForCausalLM",
-    "AutoModelForSequenceClassification": "ForSequenceClassification",
-    "AutoModelForTokenClassification": "ForTokenClassification",
-    "AutoModelForQuestionAnswering": "ForQuestionAnswering",
-}
+_CONFIGS = (GKAConfig, KLAConfig)
 # {model type: `auto_map` of its config.json}
 AUTO_MAPS = {
-    f"kalman_{family.lower()}": {
-        "AutoConfig": f"configuration_hf_kalman.{family}Config",
-        **{auto: f"modeling_hf_kalman.{family}{head}" for auto, head in _HEADS.items()},
+    config.model_type: {
+        "AutoConfig": f"configuration_hf_kalman.{config.__name__}",
+        **{auto.__name__: f"modeling_hf_kalman.{model.__name__}" for auto, model in ARCHITECTURES[config].items()},
     }
-    for family in ("GKA", "KLA")
+    for config in _CONFIGS
 }
 _ROOTS = {
     "hf_kalman": Path(__file__).parents[1],
@@ -259,22 +259,24 @@ def _import_line(source: str, names: set[str]) -> str:
 
 def _handover(file: str) -> str:
     """The installed package's classes in place of the bundle's."""
-    lines = {"configuration_hf_kalman": [], "modeling_hf_kalman": []}
-    for family in ("GKA", "KLA"):
-        low = family.lower()
-        heads = ", ".join(f"{family}{head}" for head in _HEADS.values())
-        lines["configuration_hf_kalman"].append(f"    from hf_kalman.{low}.configuration_{low} import {family}Config")
-        lines["modeling_hf_kalman"].append(f"    from hf_kalman.{low}.modeling_{low} import {heads}")
-    if file not in lines:
+    classes = {
+        "configuration_hf_kalman": [[config] for config in _CONFIGS],
+        "modeling_hf_kalman": [list(ARCHITECTURES[config].values()) for config in _CONFIGS],
+    }.get(file)
+    if classes is None:
         return ""
-    otherwise = "    pass\n"
+    text, otherwise = "", "    pass\n"
     if file == "modeling_hf_kalman":
-        heads = [head for head in _HEADS.values() if head not in ("Model", "ForCausalLM")]
-        pairs = [(f"{family}{head}", f"{family}Model") for family in ("GKA", "KLA") for head in heads]
-        otherwise = "".join(f"    _register_first({head}, {model})\n" for head, model in pairs)
-    text = _REGISTER if file == "modeling_hf_kalman" else ""
-    text += "\n\ntry:  # an installed package wins\n" + "\n".join(lines[file])
-    return text + f"\nexcept ImportError:\n{otherwise}"
+        pairs = [
+            (head, ARCHITECTURES[config][AutoModel])
+            for config in _CONFIGS
+            for auto, head in ARCHITECTURES[config].items()
+            if auto not in (AutoModel, AutoModelForCausalLM)
+        ]
+        text = _REGISTER
+        otherwise = "".join(f"    _register_first({head.__name__}, {model.__name__})\n" for head, model in pairs)
+    lines = [f"    from {own[0].__module__} import {', '.join(c.__name__ for c in own)}\n" for own in classes]
+    return f"{text}\n\ntry:  # an installed package wins\n{''.join(lines)}except ImportError:\n{otherwise}"
 
 
 def _rewritten(module, renamed, removed, final, place) -> str:

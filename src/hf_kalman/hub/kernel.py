@@ -81,7 +81,7 @@ def use_kernel(model: Any, repository: str | Path, *, training: bool = False, ve
         from kernels import LayerRepository, LocalLayerRepository, Mode, kernelize, use_kernel_mapping
     except ImportError as error:
         raise ImportError(
-            "use_kernel: needs the `kernels` library from 0.12 on (pip install kernels). transformers' own "
+            "use_kernel: needs the `kernels` library, 0.17 or newer (pip install kernels). transformers' own "
             "use_kernels=True needs the version that it names (pip install 'transformers[kernels]')."
         ) from error
     named = {getattr(module, "kernel_layer_name", None) for module in model.modules()} & {*KERNEL_LAYERS}

@@ -104,8 +104,9 @@ def push_to_hub(
         if card is not None:
             (stage / "README.md").write_text(str(card), encoding="utf-8")
         validate_card(ModelCard.load(stage / "README.md"), stage)
-        (stage / CHECKSUMS).write_text(checksums(stage), encoding="utf-8")
+        # Before there are sums to compare with, which would read every weight once more.
         check_checkpoint(stage)
+        (stage / CHECKSUMS).write_text(checksums(stage), encoding="utf-8")
         files = {p.relative_to(stage).as_posix(): p.stat().st_size for p in sorted(stage.rglob("*")) if p.is_file()}
         if dry_run:
             return PushReport(repo_id, files, None)
