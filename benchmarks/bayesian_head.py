@@ -5,7 +5,8 @@
 `relu`: largest distance of the closed-form moments from 1e6 draws, in standard errors of the draws, over t = mean /
 deviation from -8 to 8. `softmax`: error of mean and deviation over the variance of the logits. `stability`: lowest
 variance or eigenvalue along 1e4 updates (1e3 without --long), relative to the largest. `speed`: milliseconds and peak
-memory of an update, by width and outputs, in a process of its own each.
+memory of an update, by width and outputs, in a process of its own each; `speed_cuda` the same on a GPU, if there is
+one (peak: of what its allocator gave out).
 """
 
 import argparse
@@ -84,21 +85,24 @@ def stability(steps):
 def update(case, queue):
     """Time and peak memory of one update, in a process of its own."""
     torch.set_num_threads(1)
-    inputs, outputs, covariance, layers = case
+    inputs, outputs, covariance, layers, device = case
     sizes = (inputs, outputs) if layers == 1 else (inputs, 2 * inputs, outputs)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    head = KalmanBayesianHead(sizes, covariance=covariance, variance=0.1 if layers == 1 else (0.0, 0.1))
-    x, label = torch.randn(inputs), torch.tensor(1)
+    head = KalmanBayesianHead(sizes, covariance=covariance, variance=0.1 if layers == 1 else (0.0, 0.1)).to(device)
+    x, label = torch.randn(inputs, device=device), torch.tensor(1, device=device)
     started = time.perf_counter()
     head.filter_step(x, label)
     first = time.perf_counter() - started
-    figures = timed(lambda: head.filter_step(x, label), repeats=max(3, min(20, int(5 / max(first, 1e-4)))))
+    repeats = max(3, min(20, int(5 / max(first, 1e-4))))
+    figures = timed(lambda: head.filter_step(x, label), repeats=repeats, device=device)
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**20
     row = {"inputs": inputs, "outputs": outputs, "covariance": covariance, "layers": layers, **figures}
     queue.put({**row, "state_mib": sum(b.nbytes for b in head.buffers()) / 2**20, "peak_mib": peak})
 
 
-def speed():
+def speed(device):
     cases = [(d, v, "diagonal", 1) for d in (64, 256, 1024, 4096) for v in (2, 100, 50_000) if d * v <= 51_200_000]
     cases += [(d, 100, "shared", 1) for d in (64, 256, 1024, 4096)]
     cases += [(d, v, "full", 1) for d, v in ((64, 2), (64, 100), (256, 2), (256, 100), (1024, 2), (4096, 2))]
@@ -106,7 +110,7 @@ def speed():
     context, rows = multiprocessing.get_context("spawn"), []
     for case in cases:
         queue = context.Queue()
-        process = context.Process(target=update, args=(case, queue))
+        process = context.Process(target=update, args=((*case, device), queue))
         process.start()
         rows.append(queue.get())
         process.join()
@@ -142,7 +146,9 @@ def main():
     options = parser.parse_args()
     result = {"environment": environment(), "draws": DRAWS, "relu": relu(), "softmax": softmax()}
     plot(result["softmax"], options.output / "bayesian_head.png")
-    result["speed"] = speed()
+    result["speed"] = speed("cpu")
+    if torch.cuda.is_available():
+        result["device_cuda"], result["speed_cuda"] = torch.cuda.get_device_name(), speed("cuda")
     result["stability"] = stability(10_000 if options.long else 1000)
     write("bayesian_head", result, options.output)
 

@@ -1,55 +1,106 @@
-"""Small language models side by side: KLA, GKA and softmax attention, same size, text, budget and search.
+"""Small language models side by side: ours, softmax attention and peers, same size, text, budget and search.
 
-    python benchmarks/small_lm.py CORPUS... [--tokens 16000000]
+    pip install flash-linear-attention==0.6.0 einops
+    python benchmarks/small_lm.py CORPUS... [--tokens 16000000] [--models gka kla ...]
 
 CORPUS are files of documents separated by blank lines (`.txt` or `.txt.gz`). A byte-level BPE tokenizer of 8,192 tokens
 is trained on the training documents; every 30th is held out. Learning rates are chosen by the held-out loss of a
-quarter of the budget, from a grid that goes on while its end is best. Results: `results/small_lm.json` and a plot of
-held-out bits per byte against tokens; for KLA also how its marginal entropy goes with the loss of the same token.
+quarter of the budget, from a grid that goes on while its end is best. Peers are flash-linear-attention's layers in the
+same blocks (`registry.py`), with MLPs that make all models equally large. Tokens per second are of the steps alone, the
+first left out. Results: `results/small_lm.json` and a plot of held-out bits per byte against tokens; for KLA also how
+its marginal entropy goes with the loss of the same token. Variants of GKA and KLA at a quarter of the budget, each at
+its model's rate, are in `variants`.
 """
 
 import argparse
+import json
 import math
+import sys
 import time
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from record import RESULTS, drawing, environment, write
+from registry import HEAD, MIXERS, TaskModel
 from token_uncertainty import by_entropy, correlation, joined, token_columns
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from torch.nn import functional as F
 
 from hf_kalman import GKAConfig, GKAForCausalLM, KLAConfig, KLAForCausalLM
 from kalman_conversion.text import read_documents
 
+sys.path.insert(0, str(Path(__file__).parent / "tasks"))
+from runner import run_all  # noqa: E402
+
 WIDTH, LAYERS, VOCABULARY, WINDOW, BATCH = 384, 8, 8192, 512, 64
-RATES = (5e-4, 1e-3, 2e-3, 4e-3)
-# MLP widths that make the models equally large.
-MODELS = {
-    "softmax": (GKAConfig, GKAForCausalLM, {"layer_types": ["full_attention"] * LAYERS, "intermediate_size": 1396}),
-    "gka": (GKAConfig, GKAForCausalLM, {"intermediate_size": 1252, "solver": "cg", "solver_iterations": 20}),
-    "kla": (
-        KLAConfig,
-        KLAForCausalLM,
-        {"intermediate_size": 1024, "value_rank": "conv", "variance_rank": WIDTH // 8, "linear_state_size": 16},
-    ),
+PARAMETERS = 20_736_384
+RATES = (1e-3, 2e-3, 4e-3)
+LANGUAGE_KLA = {"value_rank": "conv", "variance_rank": WIDTH // 8, "linear_state_size": 16}
+OURS = {
+    "softmax": (GKAConfig, GKAForCausalLM, {"layer_types": ["full_attention"] * LAYERS}),
+    "gka": (GKAConfig, GKAForCausalLM, {"solver": "cg", "solver_iterations": 20}),
+    "kla": (KLAConfig, KLAForCausalLM, LANGUAGE_KLA),
+}
+PEERS = ("mamba2", "gla", "delta_net", "gated_delta_net", "mesa_net")
+VARIANTS = {
+    "gka": {
+        "no mix": {"use_solution_mix": False},
+        "no decay": {"use_decay": False},
+        "no input gate": {"use_input_gate": False},
+        **{f"ridge ratio {ratio}": {"ridge_ratio": ratio} for ratio in (0.005, 0.05, 0.1)},
+        **{f"{number} iterations": {"solver_iterations": number} for number in (0, 2, 5, 10)},
+    },
+    "kla": {
+        "zero-order hold": {"discretization": "zoh"},
+        "no process noise": {"process_noise": "none"},
+        **{f"state {number}": {"linear_state_size": number} for number in (4, 8, 32, 64)},
+    },
 }
 
 
-def build(name, seed=0):
+class PeerForCausalLM(nn.Module):
+    """A `TaskModel` that answers as far as `train` asks: the mean loss of the next token."""
+
+    def __init__(self, name: str, mlp: int) -> None:
+        super().__init__()
+        mixers = MIXERS[name](WIDTH, HEAD, LAYERS)
+        self.model = TaskModel(mixers, WIDTH, VOCABULARY, mlp, tied=True)
+
+    def forward(self, batch, labels, use_cache=False):
+        """An object with `loss`."""
+        logits = self.model(batch)[:, :-1]
+        return SimpleNamespace(loss=F.cross_entropy(logits.float().flatten(0, 1), labels[:, 1:].flatten()))
+
+
+def build(name, seed=0, mlp=None, changes=None):
+    """The model; its MLPs as wide as makes it as large as the others."""
+    if mlp is None:
+        sizes = [sum(p.numel() for p in build(name, seed, width).parameters()) for width in (256, 512)]
+        per_width = (sizes[1] - sizes[0]) / 256
+        mlp = round(256 + (PARAMETERS - sizes[0]) / per_width)
+        # Tensor cores take multiples of eight.
+        mlp = max(8, 8 * round(mlp / 8))
     torch.manual_seed(seed)
-    config, model, fields = MODELS[name]
+    if name in PEERS:
+        return PeerForCausalLM(name, mlp)
+    config, model, fields = OURS[name]
     return model(
         config(
             vocab_size=VOCABULARY,
             hidden_size=WIDTH,
             num_hidden_layers=LAYERS,
-            num_attention_heads=6,
+            num_attention_heads=WIDTH // HEAD,
+            intermediate_size=mlp,
             max_position_embeddings=WINDOW,
             tie_word_embeddings=True,
             pad_token_id=0,
             bos_token_id=0,
             eos_token_id=0,
-            **fields,
+            **fields | (changes or {}),
         )
     )
 
@@ -89,24 +140,30 @@ def bits_per_byte(model, held, held_bytes, share):
     return total / math.log(2) / (held_bytes * share)
 
 
-def train(name, data, budget, rate, evaluations, device):
+def train(name, data, budget, rate, evaluations, device, changes=None):
     """Losses along the way, the final bits per byte, tokens per second; AdamW, cosine, bfloat16 autocast."""
     training, held, held_bytes, share = data
-    model = build(name).to(device).train()
-    decayed = [p for p in model.parameters() if p.ndim == 2 and min(p.shape) > 32]
-    others = [p for p in model.parameters() if not (p.ndim == 2 and min(p.shape) > 32)]
+    model = build(name, changes=changes).to(device).train()
+    matrices = {
+        n: p.ndim == 2 and not any(part in n for part in ("bias", "A_log")) for n, p in model.named_parameters()
+    }
+    decayed = [p for n, p in model.named_parameters() if matrices[n]]
+    others = [p for n, p in model.named_parameters() if not matrices[n]]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], rate, betas=(0.9, 0.95)
     )
     steps = budget // (BATCH * WINDOW)
     order = torch.cat([torch.randperm(len(training)) for _ in range(1 + steps * BATCH // len(training))])
-    curve, started, seconds = [], time.perf_counter(), 0.0
+    loss, curve, started, seconds = torch.zeros(()), [], time.perf_counter(), 0.0
     for step in range(steps):
+        if step == 1:
+            loss.item()
+            started = time.perf_counter()
         warm = min(1.0, (step + 1) / min(100, steps // 5 + 1))
         for group in optimizer.param_groups:
             group["lr"] = rate * warm * (0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))
         batch = training[order[step * BATCH : (step + 1) * BATCH]]
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             loss = model(batch, labels=batch, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -121,8 +178,8 @@ def train(name, data, budget, rate, evaluations, device):
         "learning_rate": rate,
         "parameters": sum(p.numel() for p in model.parameters()),
         "tokens": steps * BATCH * WINDOW,
-        "tokens_per_s": round(steps * BATCH * WINDOW / seconds),
-        "peak_mib": round(torch.cuda.max_memory_allocated() / 2**20) if device == "cuda" else None,
+        "tokens_per_s": round((steps - 1) * BATCH * WINDOW / seconds),
+        "peak_mib": round(torch.cuda.max_memory_allocated() / 2**20) if device.type == "cuda" else None,
         "held_out_bits_per_byte": curve[-1][1],
         "curve": curve,
     }
@@ -148,17 +205,20 @@ def uncertainty(model, held, samples=8):
     }
 
 
-def plot(folder, result):
+def plot(result, folder):
+    """`small_lm.png`."""
     pyplot = drawing()
     if pyplot is None:
         return
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4))
-    for (name, row), style in zip(result["models"].items(), ("k-o", "k--s", "k-.^"), strict=True):
-        axes[0].plot([t / 1e6 for t, _ in row["curve"]], [b for _, b in row["curve"]], style, label=name)
+    rows = {name: row for name, row in result["models"].items() if "curve" in row}
+    for (name, row), marker in zip(rows.items(), "os^vDx+*", strict=False):
+        line = "-" if name in OURS else "--"
+        axes[0].plot(*zip(*((t / 1e6, b) for t, b in row["curve"]), strict=True), line, marker=marker, label=name)
     axes[0].set_xlabel("million tokens")
     axes[0].set_ylabel("held-out bits per byte")
     axes[0].legend(frameon=False)
-    pairs = result["uncertainty"]["mean_loss_by_entropy"]
+    pairs = result["models"]["kla"]["uncertainty"]["mean_loss_by_entropy"]
     axes[1].plot([e for e, _ in pairs], [loss for _, loss in pairs], "k-o")
     axes[1].plot([0, pairs[-1][0]], [0, pairs[-1][0]], color="0.7")
     axes[1].set_xlabel("marginal entropy, nats")
@@ -167,44 +227,82 @@ def plot(folder, result):
     figure.savefig(Path(folder) / "small_lm.png", dpi=150)
 
 
+def run(job, device, data, budget):
+    """One model, rates searched, or one variant of a model at a known rate."""
+    name, changes, rate = job
+    if changes is not None:
+        return train(name, data(device), budget // 4, rate, 4, device, changes)[1]
+    data = data(device)
+    rates, search = list(RATES), {}
+    for rate in rates:
+        search[rate] = train(name, data, budget // 4, rate, 1, device)[1]["held_out_bits_per_byte"]
+        best = min(search, key=search.__getitem__)
+        if rate == rates[-1] == best:
+            rates.append(2 * rate)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    model, row = train(name, data, budget, best, 12, device)
+    row["search"] = search
+    if name == "kla":
+        row["uncertainty"] = uncertainty(model, data[1])
+    return row
+
+
+@dataclass
+class Data:
+    """Texts that every process puts on its device."""
+
+    training: torch.Tensor
+    held: torch.Tensor
+    held_bytes: int
+
+    def __call__(self, device):
+        """(training windows, held-out windows, held-out bytes, share of the held-out text in whole windows)."""
+        held = windows(self.held, device)
+        return windows(self.training, device), held, self.held_bytes, held.numel() / len(self.held)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("corpus", nargs="+", type=Path)
     parser.add_argument("--tokens", type=int, default=16_000_000)
+    parser.add_argument("--models", nargs="+", default=[*OURS, *PEERS])
+    parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no model is begun")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    started = time.perf_counter()
-    training, held, held_bytes = prepare(options.corpus)
-    used = windows(held, device)
-    data = windows(training, device), used, held_bytes, used.numel() / len(held)
-    print(f"{training.numel()} training tokens, {time.perf_counter() - started:.0f} s to prepare", flush=True)
-    result = {
-        "environment": environment(device),
+    devices = [f"cuda:{n}" for n in range(torch.cuda.device_count())] or ["cpu"]
+    started = time.time()
+    data = Data(*prepare(options.corpus))
+    print(f"{data.training.numel()} training tokens, {time.time() - started:.0f} s to prepare", flush=True)
+    path = options.output / "small_lm.json"
+    result = json.loads(path.read_text()) if path.exists() else {"models": {}, "variants": {}}
+    result |= {
+        "environment": environment(devices[0]),
         "corpus": [p.name for p in options.corpus],
-        "training_tokens": training.numel(),
-        "held_out_bytes": held_bytes,
+        "training_tokens": data.training.numel(),
+        "held_out_bytes": data.held_bytes,
         "window": WINDOW,
         "batch": BATCH,
-        "models": {},
-        "search": {},
     }
-    for name in MODELS:
-        rates, search = list(RATES), {}
-        for rate in rates:
-            search[rate] = train(name, data, options.tokens // 4, rate, 1, device)[1]["held_out_bits_per_byte"]
-            best = min(search, key=search.__getitem__)
-            if rate == rates[-1] == best:
-                rates.append(2 * rate)
-        result["search"][name] = search
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        model, result["models"][name] = train(name, data, options.tokens, best, 12, device)
-        print(name, result["search"][name], result["models"][name], flush=True)
-        if name == "kla":
-            result["uncertainty"] = uncertainty(model, used)
-            print(result["uncertainty"], flush=True)
+
+    def report(key, row):
+        kind, name = key
+        result[kind][name] = row
+        print(name, {k: v for k, v in row.items() if k not in ("curve", "uncertainty")}, flush=True)
         write("small_lm", result, options.output)
+
+    work = partial(run, data=data, budget=options.tokens)
+    wanted = [name for name in options.models if "curve" not in result["models"].get(name, {})]
+    jobs = {("models", name): (name, None, None) for name in wanted}
+    run_all(jobs, work, devices, len(devices), options.limit, report)
+    variants = {
+        ("variants", f"{name}: {label}"): (name, changes, result["models"][name]["learning_rate"])
+        for name, own in VARIANTS.items()
+        if name in options.models and name in result["models"]
+        for label, changes in {"as it is": {}, **own}.items()
+        if "curve" not in result["variants"].get(f"{name}: {label}", {})
+    }
+    run_all(variants, work, devices, len(devices), options.limit - (time.time() - started), report)
     plot(options.output, result)
 
 

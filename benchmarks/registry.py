@@ -1,0 +1,235 @@
+"""Models x tasks x sizes: what the task benchmarks compare, and the one shell that they all live in.
+
+A mixer maps (B, T, width) to the same. `MIXERS` makes them by name: ours, softmax attention, and layers of
+`flash-linear-attention` as that library builds them. Key width and state are equal for all recurrent ones: heads of
+`head` key channels and 2 * `head` value channels (or, for GKA and MesaNet, the Gram matrix beside a square state, or,
+for KLA, two numbers for each of `head / 2` filters per channel), 2 * width * head numbers per layer.
+"""
+
+import copy
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hf_kalman import GKAConfig, GKAModel, KLAConfig, KLAModel
+
+HEAD = 64
+
+
+class Attention(nn.Module):
+    """Causal softmax attention with rotary positions."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.o_proj = nn.Linear(width, width, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(B, T, width) to the same."""
+        q, k, v = self.qkv(hidden).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        half = q.shape[-1] // 2
+        rate = 10_000.0 ** (-torch.arange(half, device=hidden.device) / half)
+        angle = torch.arange(hidden.shape[1], device=hidden.device)[:, None] * rate
+        cos, sin = angle.cos().to(q.dtype), angle.sin().to(q.dtype)
+        q, k = (torch.cat([a * cos - b * sin, a * sin + b * cos], -1) for a, b in (q.chunk(2, -1), k.chunk(2, -1)))
+        output = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.o_proj(output.transpose(1, 2).flatten(-2))
+
+
+class Mamba2(nn.Module):
+    """Mamba-2 (arXiv 2405.21060): one group, the recurrence by flash-linear-attention's `simple_gla` kernels.
+
+    S_t = exp(-exp(A_log) d_t) S_{t-1} + d_t x_t B_t^T ,   y_t = S_t C_t + D x_t ,   d_t = softplus(dt_t + dt_bias)
+    """
+
+    def __init__(self, width: int, heads: int, states: int, expand: int = 2) -> None:
+        super().__init__()
+        self.heads, self.states, self.inner = heads, states, expand * width
+        self.in_proj = nn.Linear(width, 2 * self.inner + 2 * states + heads, bias=False)
+        self.conv = nn.Conv1d(self.inner + 2 * states, self.inner + 2 * states, 4, groups=self.inner + 2 * states)
+        self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
+        step = torch.exp(torch.empty(heads).uniform_(math.log(1e-3), math.log(1e-1)))
+        self.dt_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))
+        self.skip_bias = nn.Parameter(torch.ones(heads))
+        self.norm = nn.RMSNorm(self.inner, eps=1e-5)
+        self.o_proj = nn.Linear(self.inner, width, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(B, T, width) to the same."""
+        from fla.ops.simple_gla import chunk_simple_gla
+
+        sizes = (self.inner, self.inner + 2 * self.states, self.heads)
+        gate, mixed, step = self.in_proj(hidden).split(sizes, -1)
+        mixed = F.silu(self.conv(F.pad(mixed.transpose(1, 2), (3, 0)))).transpose(1, 2)
+        x, b, c = mixed.split((self.inner, self.states, self.states), -1)
+        x = x.unflatten(-1, (self.heads, -1))
+        b, c = (t[:, :, None].expand(-1, -1, self.heads, -1).contiguous() for t in (b, c))
+        step = F.softplus(step.float() + self.dt_bias)
+        output = chunk_simple_gla(
+            c, b, (x * step[..., None]).to(b.dtype), g=-self.A_log.float().exp() * step, scale=1.0
+        )[0]
+        output = (output + self.skip_bias[:, None] * x).flatten(-2)
+        return self.o_proj(self.norm((output * F.silu(gate)).to(hidden.dtype)))
+
+
+class Peer(nn.Module):
+    """A layer of flash-linear-attention; returns its output alone."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(B, T, width) to the same."""
+        return self.layer(hidden)[0]
+
+
+def _ours(config, model, width, head, layers, **fields):
+    """Mixers of a new model of ours, initialised as it initialises them."""
+    heads = max(1, width // head)
+    config = config(
+        vocab_size=8,
+        hidden_size=width,
+        intermediate_size=8,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        head_dim=head,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+        **fields,
+    )
+    return [layer.mixer for layer in model(config).layers]
+
+
+def _gka(width, head, layers, **fields):
+    return _ours(GKAConfig, GKAModel, width, head, layers, **{"solver": "cg", "solver_iterations": 20} | fields)
+
+
+def _kla(width, head, layers, **fields):
+    return _ours(KLAConfig, KLAModel, width, head, layers, **{"linear_state_size": head // 2} | fields)
+
+
+def _peer(name, width, head, layers, **fields):
+    import fla.layers
+
+    heads = max(1, width // head)
+    return [Peer(getattr(fla.layers, name)(hidden_size=width, num_heads=heads, **fields)) for _ in range(layers)]
+
+
+MIXERS = {
+    "attention": lambda width, head, layers: [Attention(width, max(1, width // head)) for _ in range(layers)],
+    "gka": _gka,
+    "kla": _kla,
+    "mamba2": lambda width, head, layers: [Mamba2(width, max(1, 2 * width // head), head) for _ in range(layers)],
+    "gla": lambda *size: _peer("GatedLinearAttention", *size, expand_k=1.0, expand_v=2.0, use_short_conv=True),
+    "delta_net": lambda *size: _peer("DeltaNet", *size, expand_v=2.0),
+    "gated_delta_net": lambda *size: _peer("GatedDeltaNet", *size, head_dim=size[1], expand_v=2.0),
+    "mesa_net": lambda *size: _peer("MesaNet", *size, head_dim=size[1]),
+    "delta_product": lambda *size: _peer(
+        "GatedDeltaProduct", *size, head_dim=size[1], expand_v=2.0, num_householder=2, allow_neg_eigval=True
+    ),
+}
+MODELS = tuple(name for name in MIXERS if name != "delta_product")
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + SwiGLU(norm(x)) unless `mlp` is 0."""
+
+    def __init__(self, mixer: nn.Module, width: int, mlp: int) -> None:
+        super().__init__()
+        self.mixer_norm, self.mixer = nn.RMSNorm(width, eps=1e-6), mixer
+        self.mlp = mlp
+        if mlp:
+            self.mlp_norm = nn.RMSNorm(width, eps=1e-6)
+            self.up, self.down = nn.Linear(width, 2 * mlp, bias=False), nn.Linear(mlp, width, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(B, T, width) to the same."""
+        hidden = hidden + self.mixer(self.mixer_norm(hidden))
+        if self.mlp:
+            gate, up = self.up(self.mlp_norm(hidden)).chunk(2, -1)
+            hidden = hidden + self.down(F.silu(gate) * up)
+        return hidden
+
+
+class TaskModel(nn.Module):
+    """Embedding, blocks, norm, head; linear maps start from N(0, 0.02^2), what mixers start specially stays.
+
+    `decoded` positions > 0: the task is compression; all of them are read off the last hidden state alone, each by
+    a two-layer network that is told the position.
+    """
+
+    def __init__(self, mixers, width, vocabulary, mlp, decoded=0, tied=False) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.blocks = nn.ModuleList(Block(mixer, width, mlp) for mixer in mixers)
+        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        if decoded:
+            self.positions = nn.Embedding(decoded, width)
+            self.decoder = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        ours = {m for mixer in mixers if type(mixer).__module__.startswith("hf_kalman") for m in mixer.modules()}
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)) and module not in ours:
+                nn.init.normal_(module.weight, std=0.02)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Logits of (B, T) tokens at all positions, or at (B, Q) `positions`."""
+        hidden = self.embedding(tokens)
+        for block in self.blocks:
+            hidden = block(hidden)
+        hidden = self.norm(hidden)
+        if hasattr(self, "decoder"):
+            hidden = hidden[:, -1:] + self.positions.weight.to(hidden.dtype)
+            hidden = hidden + self.decoder(hidden)
+        elif positions is not None:
+            hidden = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
+        return self.head(hidden)
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model's size and its training: everything of a cell but the mixer and the task."""
+
+    width: int = 128
+    layers: int = 2
+    head: int = HEAD
+    mlp: int = 0
+    batch: int = 32
+    steps: int = 3000
+    rates: tuple = (4.6e-4, 2.2e-3, 1e-2)
+    seeds: int = 3
+    decay: float = 0.1
+    fields: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One entry of a study: a mixer on a task at a size."""
+
+    model: str
+    task: str
+    size: Size
+    label: str = ""
+
+    @property
+    def key(self) -> str:
+        """What the results call it."""
+        return "/".join(filter(None, (self.label or self.model, self.task, f"{self.size.width}x{self.size.layers}")))
+
+
+def build(cell: Cell, task, seed: int) -> TaskModel:
+    """The cell's model, drawn from `seed`; `task` has `vocabulary` and `decoded`."""
+    torch.manual_seed(seed)
+    size = cell.size
+    mixers = MIXERS[cell.model](size.width, size.head, size.layers, **copy.deepcopy(size.fields))
+    return TaskModel(mixers, size.width, task.vocabulary, size.mlp, task.decoded)

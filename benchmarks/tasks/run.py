@@ -1,0 +1,166 @@
+"""Recall, state tracking and the MAD suite: GKA and KLA beside softmax attention and flash-linear-attention's layers.
+
+    pip install flash-linear-attention==0.6.0 einops
+    python benchmarks/tasks/run.py mqar|words|long-words|mad|ablations|all [--models gka kla ...] [--limit 600]
+
+On GPUs (all that are visible) many models train at once, see `runner.py`. Results: `results/tasks_<study>.json`, one
+object for each cell with the rates tried, every seed's curve and tests; cells that it holds already are not run again.
+Sizes, rates and steps are those of `STUDIES`; MLPs are SwiGLU, AdamW has betas (0.9, 0.98), weight decay 0.1 on
+matrices, 10 % warm-up and a cosine to 5 %; bfloat16 autocast. Tests are drawn apart from training and choice of rates.
+"""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+from record import RESULTS, environment, write  # noqa: E402
+from registry import MODELS, Cell, Size  # noqa: E402
+from runner import run_all, run_cell  # noqa: E402
+from sequences import Mad, Recall, Word  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a cell trains on and is tested on; `by_position` asks for the accuracy at each position."""
+
+    training: object
+    tests: dict
+    by_position: bool = False
+
+
+@dataclass(frozen=True)
+class Study:
+    """Cells, their tasks, how many examples training goes over, and how many a check or test has."""
+
+    cells: tuple
+    tasks: dict
+    examples: int
+    checks: int
+
+
+PAIRS = (4, 8, 16, 32, 64, 128, 256)
+RECALL = Task(Recall(1024, 256, mixed=True), {f"{p}": Recall(max(64, 8 * p), p) for p in PAIRS})
+RATES = (4.6e-4, 2.2e-3, 1e-2)
+
+
+def mqar():
+    """Two layers without MLP, widths 64, 128, 256; trained at 1,024 tokens with 4 to 256 pairs."""
+    sizes = [Size(width=width, batch=32, steps=3000, rates=RATES) for width in (64, 128, 256)]
+    cells = tuple(Cell(model, "mqar", size) for size in sizes for model in MODELS)
+    return Study(cells, {"mqar": RECALL}, 65536, 512)
+
+
+def _words(length, steps, batch, depths, models, groups, rates):
+    sizes = [Size(layers=n, mlp=256, batch=batch, steps=steps, rates=rates) for n in depths]
+    tasks = {g: Task(Word(g, length), {"whole": Word(g, length)}, by_position=True) for g in groups}
+    cells = tuple(Cell(model, g, size) for g in groups for size in sizes for model in models)
+    return Study(cells, tasks, 2**19, 2048)
+
+
+def words():
+    """A5 and S5, words of 32 elements, 1 to 4 blocks."""
+    return _words(32, 4000, 256, (1, 2, 3, 4), (*MODELS, "delta_product"), ("A5", "S5"), (5e-4, 2e-3))
+
+
+def long_words():
+    """A5, words of 256 elements, 2 and 4 blocks."""
+    return _words(256, 4000, 64, (2, 4), ("kla", "gka", "mamba2", "delta_product"), ("A5",), (5e-4, 2e-3))
+
+
+def mad():
+    """The six MAD tasks, two blocks."""
+    names = ("recall", "noisy", "fuzzy", "copy", "compress", "memorise")
+    tasks = {name: Task(Mad(name), {"test": Mad(name)}) for name in names}
+    size = Size(mlp=256, batch=128, steps=2000, rates=(5e-4, 2e-3, 5e-3))
+    return Study(tuple(Cell(model, name, size) for name in names for model in MODELS), tasks, 12800, 1280)
+
+
+def ablations():
+    """What GKA's and KLA's parts do: recall at width 128; one seed each for the solver's, three for the others."""
+    variants = {
+        ("gka", "no mix"): {"use_solution_mix": False},
+        ("gka", "no decay"): {"use_decay": False},
+        ("gka", "no input gate"): {"use_input_gate": False},
+        ("gka", "no gates, no mix, no decay"): {
+            "use_solution_mix": False,
+            "use_decay": False,
+            "use_input_gate": False,
+            "use_output_gate": False,
+        },
+        **{("gka", f"ridge ratio {r}"): {"ridge_ratio": r} for r in (0.005, 0.01, 0.05, 0.1)},
+        **{("gka", f"{n} iterations"): {"solver_iterations": n} for n in (0, 1, 2, 5, 10)},
+        ("gka", "30 Chebyshev iterations"): {"solver": "chebyshev", "solver_iterations": 30},
+        ("kla", "zero-order hold"): {"discretization": "zoh"},
+        ("kla", "no process noise"): {"process_noise": "none"},
+        **{("kla", f"state {n}"): {"linear_state_size": n} for n in (4, 8, 16, 64)},
+    }
+    cells = tuple(
+        Cell(model, "mqar", Size(batch=32, steps=3000, rates=RATES, fields=fields), f"{model}: {name}")
+        for (model, name), fields in variants.items()
+    )
+    return Study(cells, {"mqar": RECALL}, 65536, 512)
+
+
+STUDIES = {"mqar": mqar, "words": words, "long-words": long_words, "mad": mad, "ablations": ablations}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("study", choices=[*STUDIES, "all"])
+    parser.add_argument("--models", nargs="+")
+    parser.add_argument("--workers", type=int, help="processes; three for each GPU, two without one")
+    parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no cell is begun")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    started = time.time()
+    devices = [f"cuda:{n}" for n in range(torch.cuda.device_count())] or ["cpu"]
+    workers = options.workers or (3 * len(devices) if devices != ["cpu"] else 2)
+    for name in STUDIES if options.study == "all" else [options.study]:
+        run_study(name, options, devices, workers, options.limit - (time.time() - started))
+
+
+def run_study(name, options, devices, workers, limit):
+    """Run what `results/tasks_<name>.json` does not hold yet; it is written after every cell."""
+    study, path = STUDIES[name](), options.output / f"tasks_{name}.json"
+    result = json.loads(path.read_text()) if path.exists() else {"cells": {}}
+    result |= {"environment": environment(devices[0]), "study": study_notes(STUDIES[name], study, devices, workers)}
+    wanted = [c for c in study.cells if not options.models or c.model in options.models]
+    wanted = [c for c in wanted if "runs" not in result["cells"].get(c.key, {})]
+
+    def report(key, cell):
+        result["cells"][key] = cell
+        write(f"tasks_{name}", result, options.output)
+        if "failed" in cell:
+            print(key, "failed:", cell["failed"].splitlines()[-1], flush=True)
+        else:
+            tests = {n: [run["tests"][n] for run in cell["runs"]] for n in cell["runs"][0]["tests"]}
+            brief = {n: v[0][-1] if isinstance(v[0], list) else v for n, v in tests.items()}
+            print(key, cell["rate"], brief, cell["seconds"], "s", flush=True)
+
+    run_all({c.key: c for c in wanted}, partial(run_cell, study=study), devices, workers, limit, report)
+
+
+def study_notes(maker, study, devices, workers):
+    """What a reader of the JSON must know of the study."""
+    size = study.cells[0].size
+    return {
+        "what": maker.__doc__,
+        "training": {name: repr(task.training) for name, task in study.tasks.items()},
+        "examples": study.examples,
+        "batch": size.batch,
+        "steps": size.steps,
+        "mlp": size.mlp,
+        "devices": len(devices),
+        "processes": workers,
+    }
+
+
+if __name__ == "__main__":
+    main()

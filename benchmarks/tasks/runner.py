@@ -1,0 +1,225 @@
+"""Trains many small models at once: each is a CUDA graph of its step on a stream of its own, replayed side by side.
+
+A model's step picks its batch, sets its rate, and updates its weights without the host: what the host does is to
+replay. Learning rates of a cell train together (seed 0), then the other seeds at the best of them. Cells are handed to
+worker processes, several to a device, and each cell's result goes back as soon as it is there.
+"""
+
+import math
+import multiprocessing
+import queue
+import time
+import traceback
+
+import torch
+from registry import Cell, build
+from sequences import IGNORED, Examples
+from torch.nn import functional as F
+
+WARM = 0.1
+SOLVED = 0.999
+
+
+class Training:
+    """One model in training: `advance` takes a step; on a GPU as a graph that is captured at the first one."""
+
+    def __init__(self, cell: Cell, task, data: Examples, rate: float, seed: int):
+        size, device = cell.size, data.inputs.device
+        self.cell, self.rate, self.seed, self.data, self.device = cell, rate, seed, data, device
+        self.model = build(cell, task, seed).to(device).train()
+        self.counter = torch.zeros((), dtype=torch.int64, device=device)
+        order = torch.randperm(len(data.inputs), generator=torch.Generator().manual_seed(seed))
+        self.order, self.offsets = order.to(device), torch.arange(size.batch, device=device)
+        self.lr = torch.zeros((), device=device)
+        decayed, others = [], []
+        for name, parameter in self.model.named_parameters():
+            plain = parameter.ndim == 2 and not any(part in name for part in ("bias", "A_log", "embedding"))
+            (decayed if plain else others).append(parameter)
+        groups = [{"params": decayed, "weight_decay": size.decay}, {"params": others, "weight_decay": 0.0}]
+        cuda = device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(groups, self.lr, betas=(0.9, 0.98), capturable=cuda, fused=True)
+        self.stream = torch.cuda.Stream(device) if cuda else None
+        self.graph, self.curve, self.seconds = None, [], 0.0
+        self.loss = torch.zeros((), device=device)
+
+    def _step(self):
+        size, data = self.cell.size, self.data
+        rows = self.order[(self.counter * size.batch + self.offsets) % len(self.order)]
+        tokens, targets = data.inputs[rows].long(), data.targets[rows].long()
+        positions = None if data.positions is None else data.positions[rows].long()
+        progress = self.counter / size.steps
+        schedule = (progress / WARM).clamp(max=1) * (0.05 + 0.475 * (1 + (math.pi * progress).cos()))
+        self.lr.copy_(self.rate * schedule)
+        with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):
+            logits = self.model(tokens, positions)
+        loss = F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), ignore_index=IGNORED)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.loss.copy_(loss.detach())
+        self.counter += 1
+
+    def prepare(self, warm=3):
+        """Take the first steps one by one, then capture one more; nothing on a CPU."""
+        if self.stream is None:
+            return
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            for _ in range(warm):
+                self.optimizer.zero_grad(set_to_none=True)
+                self._step()
+        self.stream.synchronize()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=self.stream):
+            self._step()
+
+    def advance(self):
+        """One step."""
+        if self.graph is not None:
+            with torch.cuda.stream(self.stream):
+                self.graph.replay()
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
+            self._step()
+
+    @torch.no_grad()
+    def accuracy(self, test: Examples, batch=None, by_position=False):
+        """Share of right answers, or a list of it for each position."""
+        right, asked = 0, 0
+        rows = batch or max(1, 65536 // test.inputs.shape[1])
+        for start in range(0, len(test.inputs), rows):
+            tokens, targets, positions = (None if t is None else t[start : start + rows].long() for t in test)
+            with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):
+                found = self.model(tokens, positions).argmax(-1)
+            right = right + ((found == targets) & (targets != IGNORED)).sum(0)
+            asked = asked + (targets != IGNORED).sum(0)
+        if by_position:
+            return [round(v, 4) for v in (right / asked).tolist()]
+        return round((right.sum() / asked.sum()).item(), 4)
+
+
+def together(trainings, steps, test, every):
+    """Advance all by turns until the end, or until each is solved or lost; curves of (step, accuracy, loss)."""
+    started = time.perf_counter()
+    for training in trainings:
+        training.prepare()
+        # Warming and capturing took steps, too.
+    active = list(trainings)
+    done = 4 if trainings[0].graph is not None else 0
+    for step in range(done, steps):
+        for training in active:
+            training.advance()
+        if (step + 1) % every == 0 or step + 1 == steps:
+            if active[0].stream is not None:
+                torch.cuda.synchronize(active[0].device)
+            for training in list(active):
+                point = (step + 1, training.accuracy(test), round(training.loss.item(), 4))
+                training.curve.append(point)
+                training.seconds = time.perf_counter() - started
+                if point[1] >= SOLVED or not math.isfinite(point[2]):
+                    active.remove(training)
+        if not active:
+            break
+    if trainings[0].stream is not None:
+        torch.cuda.synchronize(trainings[0].device)
+
+
+def packed(data: Examples) -> Examples:
+    """The same in the smallest integers that hold it."""
+    small = torch.int16 if max(int(t.max()) for t in data if t is not None) < 2**15 else torch.int32
+    return Examples(*(None if t is None else t.to(small) for t in data))
+
+
+def run_cell(cell: Cell, device, study) -> dict:
+    """Search over rates with seed 0, the other seeds at the best one, tests of all of those; one JSON object."""
+    size, started = cell.size, time.perf_counter()
+    task = study.tasks[cell.task]
+    data = packed(task.training.draw(study.examples, 1, device))
+    check = packed(task.training.draw(study.checks, 2, device))
+    every = max(1, size.steps // 10)
+    search = [Training(cell, task.training, data, rate, 0) for rate in size.rates]
+    together(search, size.steps, check, every)
+    best = max(search, key=lambda t: (t.curve[-1][1], -t.curve[-1][0], -t.curve[-1][2]))
+    others = [Training(cell, task.training, data, best.rate, seed) for seed in range(1, size.seeds)]
+    if others:
+        together(others, size.steps, check, every)
+    tests = {name: test.draw(study.checks, 3, device) for name, test in task.tests.items()}
+    runs = [
+        {
+            "seed": training.seed,
+            "curve": training.curve,
+            "tests": {n: training.accuracy(t, by_position=task.by_position) for n, t in tests.items()},
+        }
+        for training in [best, *others]
+    ]
+    return {
+        "model": cell.model,
+        "label": cell.label or cell.model,
+        "task": cell.task,
+        "width": size.width,
+        "layers": size.layers,
+        "fields": size.fields,
+        "parameters": sum(p.numel() for p in best.model.parameters()),
+        "rates": {t.rate: t.curve[-1] for t in search},
+        "rate": best.rate,
+        "runs": runs,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def _serve(device, jobs, results, work, limit):
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)
+    while time.time() < limit:
+        try:
+            key, job = jobs.get(timeout=2)
+        except queue.Empty:
+            break
+        try:
+            results.put((key, work(job, torch.device(device))))
+        except Exception:
+            results.put((key, {"failed": traceback.format_exc()[-1500:]}))
+    results.put((None, device))
+
+
+def run_all(jobs, work, devices, workers, limit, report):
+    """Spread `{key: job}` over processes: `report(key, work(job, device))` as each ends.
+
+    Args:
+        jobs: what to do, in this order; keys and jobs that can be pickled.
+        work: a function of a module, `(job, device) -> dict`; what it raises is reported as {"failed": traceback}.
+        devices: names; worker n gets number n modulo their count.
+        workers: processes.
+        limit: seconds after which no job is begun.
+        report: called here.
+    """
+    context = multiprocessing.get_context("spawn")
+    line, results = context.Queue(), context.Queue()
+    for pair in jobs.items():
+        line.put(pair)
+    deadline = time.time() + limit
+    processes = [
+        context.Process(target=_serve, args=(devices[n % len(devices)], line, results, work, deadline))
+        for n in range(workers)
+    ]
+    for process in processes:
+        process.start()
+    ended = 0
+    while ended < len(processes):
+        try:
+            key, result = results.get(timeout=5)
+        except queue.Empty:
+            if not any(process.is_alive() for process in processes):
+                break
+            continue
+        if key is None:
+            ended += 1
+        else:
+            report(key, result)
+    while not line.empty():
+        line.get()
+    for process in processes:
+        process.join()
