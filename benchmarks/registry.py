@@ -1,9 +1,9 @@
 """Models x tasks x sizes: what the task benchmarks compare, and the one shell that they all live in.
 
 A mixer maps (B, T, width) to the same. `MIXERS` makes them by name: ours, softmax attention, and layers of
-`flash-linear-attention` as that library builds them. Key width and state are equal for all recurrent ones: heads of
-`head` key channels and 2 * `head` value channels (or, for GKA and MesaNet, the Gram matrix beside a square state, or,
-for KLA, two numbers for each of `head / 2` filters per channel), 2 * width * head numbers per layer.
+`flash-linear-attention` as that library builds them. Keys and state are equal for all recurrent ones but KLA: heads of
+`head` key channels and 2 * `head` value channels, or, for GKA and MesaNet, the Gram matrix beside a square state: 2 *
+width * head numbers per layer. KLA keeps its published 16 filters for each of its 2 * width channels, two numbers each.
 """
 
 import copy
@@ -76,6 +76,23 @@ class Mamba2(nn.Module):
         return self.o_proj(self.norm((output * F.silu(gate)).to(hidden.dtype)))
 
 
+def without_tuning():
+    """Let Triton's autotuned kernels take the first of their configurations; call it before the peers' first use.
+
+    Their tuning takes minutes for each shape and changes no result; where speed is measured they are tuned.
+    """
+    from triton.runtime.autotuner import Autotuner
+
+    if getattr(Autotuner, "first_only", False):
+        return
+    original = Autotuner.__init__
+
+    def first(self, fn, arg_names, configs, *arguments, **options):
+        original(self, fn, arg_names, configs[:1], *arguments, **options)
+
+    Autotuner.__init__, Autotuner.first_only = first, True
+
+
 class Peer(nn.Module):
     """A layer of flash-linear-attention; returns its output alone."""
 
@@ -111,7 +128,7 @@ def _gka(width, head, layers, **fields):
 
 
 def _kla(width, head, layers, **fields):
-    return _ours(KLAConfig, KLAModel, width, head, layers, **{"linear_state_size": head // 2} | fields)
+    return _ours(KLAConfig, KLAModel, width, head, layers, **fields)
 
 
 def _peer(name, width, head, layers, **fields):

@@ -12,11 +12,12 @@ import time
 import traceback
 
 import torch
-from registry import Cell, build
+from registry import Cell, build, without_tuning
 from sequences import IGNORED, Examples
 from torch.nn import functional as F
 
 WARM = 0.1
+WARM_STEPS = 3
 SOLVED = 0.999
 
 
@@ -59,13 +60,13 @@ class Training:
         self.loss.copy_(loss.detach())
         self.counter += 1
 
-    def prepare(self, warm=3):
-        """Take the first steps one by one, then capture one more; nothing on a CPU."""
+    def prepare(self):
+        """Take the first `WARM_STEPS` one by one, then capture the next; nothing on a CPU."""
         if self.stream is None:
             return
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
-            for _ in range(warm):
+            for _ in range(WARM_STEPS):
                 self.optimizer.zero_grad(set_to_none=True)
                 self._step()
         self.stream.synchronize()
@@ -104,9 +105,8 @@ def together(trainings, steps, test, every):
     started = time.perf_counter()
     for training in trainings:
         training.prepare()
-        # Warming and capturing took steps, too.
     active = list(trainings)
-    done = 4 if trainings[0].graph is not None else 0
+    done = WARM_STEPS if trainings[0].graph is not None else 0
     for step in range(done, steps):
         for training in active:
             training.advance()
@@ -134,6 +134,8 @@ def packed(data: Examples) -> Examples:
 def run_cell(cell: Cell, device, study) -> dict:
     """Search over rates with seed 0, the other seeds at the best one, tests of all of those; one JSON object."""
     size, started = cell.size, time.perf_counter()
+    if device.type == "cuda":
+        without_tuning()
     task = study.tasks[cell.task]
     data = packed(task.training.draw(study.examples, 1, device))
     check = packed(task.training.draw(study.checks, 2, device))
