@@ -131,6 +131,16 @@ def _kla(width, head, layers, **fields):
     return _ours(KLAConfig, KLAModel, width, head, layers, **fields)
 
 
+def _peers(name, **settings):
+    """A maker of layers; a setting that is a function is one of the key width."""
+
+    def make(width, head, layers, **fields):
+        ready = {key: value(head) if callable(value) else value for key, value in settings.items()}
+        return _peer(name, width, head, layers, **ready | fields)
+
+    return make
+
+
 def _peer(name, width, head, layers, **fields):
     import fla.layers
 
@@ -143,13 +153,11 @@ MIXERS = {
     "gka": _gka,
     "kla": _kla,
     "mamba2": lambda width, head, layers: [Mamba2(width, max(1, 2 * width // head), head) for _ in range(layers)],
-    "gla": lambda *size: _peer("GatedLinearAttention", *size, expand_k=1.0, expand_v=2.0, use_short_conv=True),
-    "delta_net": lambda *size: _peer("DeltaNet", *size, expand_v=2.0),
-    "gated_delta_net": lambda *size: _peer("GatedDeltaNet", *size, head_dim=size[1], expand_v=2.0),
-    "mesa_net": lambda *size: _peer("MesaNet", *size, head_dim=size[1]),
-    "delta_product": lambda *size: _peer(
-        "GatedDeltaProduct", *size, head_dim=size[1], expand_v=2.0, num_householder=2, allow_neg_eigval=True
-    ),
+    "gla": _peers("GatedLinearAttention", expand_k=1.0, expand_v=2.0, use_short_conv=True),
+    "delta_net": _peers("DeltaNet", expand_v=2.0),
+    "gated_delta_net": _peers("GatedDeltaNet", head_dim=int, expand_v=2.0),
+    "mesa_net": _peers("MesaNet", head_dim=int),
+    "delta_product": _peers("GatedDeltaProduct", head_dim=int, expand_v=2.0, num_householder=2, allow_neg_eigval=True),
 }
 MODELS = tuple(name for name in MIXERS if name != "delta_product")
 
@@ -223,7 +231,7 @@ class Size:
     mlp: int = 0
     batch: int = 32
     steps: int = 3000
-    rates: tuple = (4.6e-4, 2.2e-3, 1e-2)
+    rates: tuple = (1e-3, 3e-3, 1e-2)
     seeds: int = 3
     decay: float = 0.1
     fields: dict = field(default_factory=dict)
@@ -245,8 +253,8 @@ class Cell:
 
 
 def build(cell: Cell, task, seed: int) -> TaskModel:
-    """The cell's model, drawn from `seed`; `task` has `vocabulary` and `decoded`."""
+    """The cell's model, drawn from `seed`; `task` has `vocabulary`, `decoded` and `tied`."""
     torch.manual_seed(seed)
     size = cell.size
     mixers = MIXERS[cell.model](size.width, size.head, size.layers, **copy.deepcopy(size.fields))
-    return TaskModel(mixers, size.width, task.vocabulary, size.mlp, task.decoded)
+    return TaskModel(mixers, size.width, task.vocabulary, size.mlp, task.decoded, task.tied)

@@ -51,6 +51,7 @@ VARIANTS = {
         "no mix": {"use_solution_mix": False},
         "no decay": {"use_decay": False},
         "no input gate": {"use_input_gate": False},
+        "no output gate": {"use_output_gate": False},
         **{f"ridge ratio {ratio}": {"ridge_ratio": ratio} for ratio in (0.005, 0.05, 0.1)},
         **{f"{number} iterations": {"solver_iterations": number} for number in (0, 2, 5, 10)},
     },

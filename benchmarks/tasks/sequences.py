@@ -38,10 +38,11 @@ class Recall:
 
     length: int
     pairs: int
-    vocabulary: int = 8192
+    vocabulary: int = 1024
     power: float = 0.01
     mixed: bool = False
     decoded: int = 0
+    tied: bool = True
 
     @property
     def asked(self) -> int:
@@ -101,6 +102,7 @@ class Word:
     group: str
     length: int
     decoded: int = 0
+    tied: bool = False
 
     @property
     def vocabulary(self) -> int:
@@ -132,6 +134,7 @@ class Mad:
     task: str
     vocabulary: int = 0
     length: int = 128
+    tied: bool = False
 
     def __post_init__(self):
         if self.task not in ("recall", "noisy", "fuzzy", "copy", "compress", "memorise"):
