@@ -59,7 +59,7 @@ BARE = {
 
 def mqar():
     """Two layers without MLP or output gates; trained at 512 tokens, 4 to 128 pairs, tested at 8 tokens a pair."""
-    sizes = {w: Size(width=w, batch=32, steps=2000, rates=RATES) for w in (64, 128, 256)}
+    sizes = {w: Size(width=w, batch=32, steps=2500, rates=RATES) for w in (64, 128, 256)}
     cells = [Cell(m, "mqar", replace(sizes[w], fields=BARE.get(m, {}))) for w in sizes for m in MODELS]
     return Study(tuple(cells), {"mqar": RECALL}, 65536, 512)
 
@@ -108,7 +108,7 @@ def ablations():
         **{("kla", f"state {n}"): {"linear_state_size": n} for n in (4, 8, 32, 64)},
     }
     cells = tuple(
-        Cell(model, "mqar", Size(batch=32, steps=2000, seeds=1, fields=BARE[model] | fields), f"{model}: {name}")
+        Cell(model, "mqar", Size(batch=32, steps=2500, seeds=1, fields=BARE[model] | fields), f"{model}: {name}")
         for (model, name), fields in variants.items()
     )
     return Study(cells, {"mqar": RECALL}, 65536, 512)
