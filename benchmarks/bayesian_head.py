@@ -118,7 +118,9 @@ def speed(device):
     return rows
 
 
-def plot(rows, path):
+def draw(result, folder):
+    """Errors of the softmax moments over the variance of the logits."""
+    rows = result["softmax"]
     pyplot = drawing()
     if pyplot is None:
         return
@@ -136,7 +138,7 @@ def plot(rows, path):
     for axis in axes:
         axis.legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure.savefig(folder / "bayesian_head.png", dpi=150)
 
 
 def main():
@@ -145,7 +147,7 @@ def main():
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     result = {"environment": environment(), "draws": DRAWS, "relu": relu(), "softmax": softmax()}
-    plot(result["softmax"], options.output / "bayesian_head.png")
+    draw(result, options.output)
     result["speed"] = speed("cpu")
     if torch.cuda.is_available():
         result["device_cuda"], result["speed_cuda"] = torch.cuda.get_device_name(), speed("cuda")

@@ -281,7 +281,9 @@ def summary(rows, seeds):
     return found
 
 
-def draw(rows, folder):
+def draw(result, folder):
+    """Success rates over demonstrated actions, one panel for each shift."""
+    rows = result["summary"]
     plt = drawing()
     if plt is None:
         return
@@ -337,7 +339,7 @@ def main():
         result["runs"] = pool.map(run, tasks, chunksize=1)
     result["summary"] = summary(result["runs"], options.seeds)
     write("bayesian_pendulum", result, options.output)
-    draw(result["summary"], options.output)
+    draw(result, options.output)
     for row in result["summary"]:
         print(json.dumps({k: v for k, v in row.items() if not k.endswith("_95")}))
 

@@ -74,7 +74,8 @@ def ablations(path):
     return "\n".join(lines)
 
 
-def plot(results, path):
+def draw(results, folder):
+    """Perplexity over tokens of healing; `results` as `load` gives them."""
     pyplot = drawing()
     if pyplot is None:
         return
@@ -92,7 +93,7 @@ def plot(results, path):
     axes.minorticks_off()
     axes.legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure.savefig(folder / "conversion.png", dpi=150)
 
 
 def main():
@@ -101,7 +102,7 @@ def main():
     options = parser.parse_args()
     results = load(options.results)
     print(table(results), ablations(options.results / "conversion_ablations.json"), sep="\n\n")
-    plot(results, options.results / "conversion.png")
+    draw(results, options.results)
 
 
 if __name__ == "__main__":

@@ -264,6 +264,11 @@ def tune():
         print(kernel, sorted(found, key=lambda pair: pair[0]))
 
 
+def draw(result, folder):
+    """Times over the length."""
+    plot_scaling(folder / "gka_gpu_scaling.png", result["scaling"])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sections", nargs="+", default=["ceilings", "decode", "prefill", "scaling"])
@@ -290,7 +295,7 @@ def main():
     save()
     for row in result["ratios"]:
         print(row)
-    plot_scaling(options.output / "gka_gpu_scaling.png", result["scaling"])
+    draw(result, options.output)
 
 
 if __name__ == "__main__":

@@ -135,6 +135,11 @@ def accuracy(rows, save):
         print({n: f"{e:.1e}" for n, e in errors.items()}, flush=True)
 
 
+def draw(result, folder):
+    """Times over the length."""
+    plot_scaling(folder / "kla_gpu_scaling.png", result["scaling"])
+
+
 def main():
     sections = {"prefill": prefill, "decode": decode, "scaling": scaling, "accuracy": accuracy}
     parser = argparse.ArgumentParser(description=__doc__)
@@ -153,7 +158,7 @@ def main():
             section(result[name], save)
     save()
     if result["scaling"]:
-        plot_scaling(options.output / "kla_gpu_scaling.png", result["scaling"])
+        draw(result, options.output)
 
 
 if __name__ == "__main__":

@@ -48,10 +48,12 @@ def main():
     result["by_entropy"] = [{"marginal_entropy": e, "loss": loss} for e, loss in by_entropy(columns, 10)]
     print(result)
     write("kla_text_uncertainty", result, options.output)
-    plot(options.output, result["by_entropy"])
+    draw(result, options.output)
 
 
-def plot(folder, rows):
+def draw(result, folder):
+    """Loss of tokens over their marginal entropy."""
+    rows = result["by_entropy"]
     pyplot = drawing()
     if pyplot is None:
         return
@@ -62,7 +64,7 @@ def plot(folder, rows):
     axes.set_xlabel("marginal entropy, nats")
     axes.set_ylabel("loss of the same tokens, nats")
     figure.tight_layout()
-    figure.savefig(Path(folder) / "kla_text_uncertainty.png", dpi=150)
+    figure.savefig(folder / "kla_text_uncertainty.png", dpi=150)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def main():
         result["runs"].append(run(seed, options.steps))
         print({k: v for k, v in result["runs"][-1].items() if k != "profile"}, flush=True)
         write("kla_uncertainty", result, options.output)
-    plot(options.output, result["runs"][0])
+    draw(result, options.output)
 
 
 def run(seed, steps):
@@ -96,7 +96,9 @@ def run(seed, steps):
     }
 
 
-def plot(folder, first):
+def draw(result, folder):
+    """Posterior variances along one sequence of the first run."""
+    first = result["runs"][0]
     pyplot = drawing()
     if pyplot is None:
         return
@@ -110,7 +112,7 @@ def plot(folder, first):
     axes.set_ylabel("posterior variance")
     axes.legend(frameon=False)
     figure.tight_layout()
-    figure.savefig(Path(folder) / "kla_uncertainty.png", dpi=150)
+    figure.savefig(folder / "kla_uncertainty.png", dpi=150)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,11 @@ def uniform(total, count):
     return sorted({int(total / count * (i + 0.5)) for i in range(count)})
 
 
+def draw(result, folder):
+    """Criteria over the layers."""
+    plot_ranking(result, folder / "layer_selection.png")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("teacher", type=Path)
@@ -75,7 +80,7 @@ def main():
         "sets": sets,
     }
     write("layer_selection", result, options.output)
-    plot_ranking(result, Path(options.output) / "layer_selection.png")
+    draw(result, options.output)
 
 
 if __name__ == "__main__":

@@ -159,6 +159,7 @@ MIXERS = {
     "mesa_net": _peers("MesaNet", head_dim=int),
     "delta_product": _peers("GatedDeltaProduct", head_dim=int, expand_v=2.0, num_householder=2, allow_neg_eigval=True),
 }
+OURS = ("gka", "kla")
 MODELS = tuple(name for name in MIXERS if name != "delta_product")
 
 

@@ -206,8 +206,8 @@ def uncertainty(model, held, samples=8):
     }
 
 
-def plot(result, folder):
-    """`small_lm.png`."""
+def draw(result, folder):
+    """Held-out bits per byte over tokens; loss over KLA's marginal entropy."""
     pyplot = drawing()
     if pyplot is None:
         return
@@ -225,7 +225,7 @@ def plot(result, folder):
     axes[1].set_xlabel("marginal entropy, nats")
     axes[1].set_ylabel("loss of the same tokens, nats")
     figure.tight_layout()
-    figure.savefig(Path(folder) / "small_lm.png", dpi=150)
+    figure.savefig(folder / "small_lm.png", dpi=150)
 
 
 def run(job, device, data, budget):
@@ -304,7 +304,7 @@ def main():
         if "curve" not in result["variants"].get(f"{name}: {label}", {})
     }
     run_all(variants, work, devices, len(devices), options.limit - (time.time() - started), report)
-    plot(options.output, result)
+    draw(result, options.output)
 
 
 if __name__ == "__main__":

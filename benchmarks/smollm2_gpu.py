@@ -104,7 +104,9 @@ def training(model, batch=4, length=2048):
     }
 
 
-def plot(folder, rows):
+def draw(result, folder):
+    """Prefill, decoding and cache over the context."""
+    rows = result["models"]
     pyplot = drawing()
     if pyplot is None:
         return
@@ -122,7 +124,7 @@ def plot(folder, rows):
         axis.set_title(title, fontsize=9)
     axes[0].legend(frameon=False, fontsize=7)
     figure.tight_layout()
-    figure.savefig(Path(folder) / "smollm2_gpu.png", dpi=150)
+    figure.savefig(folder / "smollm2_gpu.png", dpi=150)
 
 
 def main():
@@ -148,7 +150,7 @@ def main():
         write("smollm2_gpu", result, options.output)
         del model
         torch.cuda.empty_cache()
-    plot(options.output, result["models"])
+    draw(result, options.output)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ matrices, 10 % warm-up and a cosine to 5 %; bfloat16 autocast. Tests are drawn a
 
 import argparse
 import json
+import statistics
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -20,8 +21,8 @@ from pathlib import Path
 import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-from record import RESULTS, environment, write  # noqa: E402
-from registry import MODELS, Cell, Size  # noqa: E402
+from record import RESULTS, drawing, environment, write  # noqa: E402
+from registry import MODELS, OURS, Cell, Size  # noqa: E402
 from runner import run_all, run_cell  # noqa: E402
 from sequences import Mad, Recall, Word  # noqa: E402
 
@@ -59,11 +60,12 @@ BARE = {
 
 def mqar():
     """Two layers without MLP or output gates; trained at 512 tokens, 4 to 128 pairs, tested at 8 tokens a pair."""
-    sizes = {w: Size(width=w, batch=32, steps=2500, rates=RATES) for w in (64, 128, 256)}
+    sizes = {w: Size(width=w, batch=32, steps=4000, rates=RATES) for w in (64, 128, 256)}
     cells = [Cell(m, "mqar", replace(sizes[w], fields=BARE.get(m, {}))) for w in sizes for m in MODELS]
     return Study(tuple(cells), {"mqar": RECALL}, 65536, 512)
 
 
+LABELS = (*MODELS, "delta_product")
 WORDS = ("kla", "gka", "attention", "mamba2", "gated_delta_net", "delta_product")
 
 
@@ -108,7 +110,7 @@ def ablations():
         **{("kla", f"state {n}"): {"linear_state_size": n} for n in (4, 8, 32, 64)},
     }
     cells = tuple(
-        Cell(model, "mqar", Size(batch=32, steps=2500, seeds=1, fields=BARE[model] | fields), f"{model}: {name}")
+        Cell(model, "mqar", Size(batch=32, steps=4000, seeds=1, fields=BARE[model] | fields), f"{model}: {name}")
         for (model, name), fields in variants.items()
     )
     return Study(cells, {"mqar": RECALL}, 65536, 512)
@@ -136,7 +138,11 @@ def run_study(name, options, devices, workers, limit):
     """Run what `results/tasks_<name>.json` does not hold yet; it is written after every cell."""
     study, path = STUDIES[name](), options.output / f"tasks_{name}.json"
     result = json.loads(path.read_text()) if path.exists() else {"cells": {}}
-    result |= {"environment": environment(devices[0]), "study": study_notes(STUDIES[name], study, devices, workers)}
+    notes = study_notes(STUDIES[name], study)
+    if result.get("study") != notes:
+        # Cells of other settings are no part of this study.
+        result = {"study": notes, "cells": {}}
+    result |= {"environment": environment(devices[0]), "devices": len(devices), "processes": workers}
     wanted = [c for c in study.cells if not options.models or c.model in options.models]
     wanted = [c for c in wanted if "runs" not in result["cells"].get(c.key, {})]
 
@@ -151,10 +157,54 @@ def run_study(name, options, devices, workers, limit):
             print(key, cell["rate"], brief, cell["seconds"], "s", flush=True)
 
     run_all({c.key: c for c in wanted}, partial(run_cell, study=study), devices, workers, limit, report)
+    draw(result, options.output, name)
 
 
-def study_notes(maker, study, devices, workers):
-    """What a reader of the JSON must know of the study."""
+def curves(cells):
+    """{label: mean over seeds of the accuracy at each position} of word problems."""
+    found = {}
+    for cell in cells:
+        runs = [run["tests"]["whole"] for run in cell["runs"]]
+        found[cell["label"]] = [statistics.mean(values) for values in zip(*runs, strict=True)]
+    return found
+
+
+def draw(result, folder, name):
+    """Accuracy over pairs for each width (`mqar`), over positions for each depth (`words`): means over seeds."""
+    pyplot = drawing()
+    cells = [cell for cell in result["cells"].values() if "runs" in cell]
+    if pyplot is None or name not in ("mqar", "words") or not cells:
+        return
+    kind = "width" if name == "mqar" else "layers"
+    sizes = sorted({cell[kind] for cell in cells})
+    figure, axes = pyplot.subplots(1, len(sizes), figsize=(4 * len(sizes) + 1.5, 3.4), sharey=True, squeeze=False)
+    for axis, size in zip(axes[0], sizes, strict=True):
+        own = sorted((cell for cell in cells if cell[kind] == size), key=lambda cell: LABELS.index(cell["label"]))
+        for cell in own:
+            style = {"label": cell["label"], "marker": "os^vDx+*p"[LABELS.index(cell["label"])], "markersize": 4}
+            style |= {"color": f"C{LABELS.index(cell['label'])}", "linestyle": "-" if cell["model"] in OURS else "--"}
+            if name == "mqar":
+                tests = {pairs: [run["tests"][pairs] for run in cell["runs"]] for pairs in cell["runs"][0]["tests"]}
+                axis.plot([int(p) for p in tests], [statistics.mean(v) for v in tests.values()], **style)
+                axis.set(xscale="log", xlabel="key-value pairs", title=f"width {size}")
+                axis.set_xticks([int(p) for p in tests], list(tests))
+                axis.minorticks_off()
+            else:
+                values = curves([cell])[cell["label"]]
+                axis.plot(range(1, len(values) + 1), values, **style)
+                axis.set(xlabel="elements of the word", title=f"{size} block{'s' if size > 1 else ''}")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("accuracy")
+    lines = {line.get_label(): line for axis in axes[0] for line in axis.get_lines()}
+    figure.tight_layout()
+    figure.legend(lines.values(), lines.keys(), fontsize=7, loc="outside center right", frameon=False)
+    figure.subplots_adjust(right=1 - 1.4 / figure.get_figwidth())
+    figure.savefig(folder / f"tasks_{name}.png", dpi=150)
+    pyplot.close(figure)
+
+
+def study_notes(maker, study):
+    """What a reader of the JSON must know of the study, and what tells whether an older file belongs to it."""
     size = study.cells[0].size
     return {
         "what": maker.__doc__,
@@ -163,8 +213,7 @@ def study_notes(maker, study, devices, workers):
         "batch": size.batch,
         "steps": size.steps,
         "mlp": size.mlp,
-        "devices": len(devices),
-        "processes": workers,
+        "search": f"{size.seeds} seeds at each rate of {', '.join(f'{r:g}' for r in size.rates)}; the best mean",
     }
 
 

@@ -1,13 +1,14 @@
 """Trains many small models at once: each is a CUDA graph of its step on a stream of its own, replayed side by side.
 
 A model's step picks its batch, sets its rate, and updates its weights without the host: what the host does is to
-replay. Learning rates of a cell train together (seed 0), then the other seeds at the best of them. Cells are handed to
-worker processes, several to a device, and each cell's result goes back as soon as it is there.
+replay. All seeds and learning rates of a cell train together. Cells are handed to worker processes, several to a
+device, and each result goes back as soon as it is there.
 """
 
 import math
 import multiprocessing
 import queue
+import statistics
 import time
 import traceback
 
@@ -132,28 +133,26 @@ def packed(data: Examples) -> Examples:
 
 
 def run_cell(cell: Cell, device, study) -> dict:
-    """Search over rates with seed 0, the other seeds at the best one, tests of all of those; one JSON object."""
+    """Every seed at every rate, all side by side; tests of the rate that is best in the mean. One JSON object."""
     size, started = cell.size, time.perf_counter()
     if device.type == "cuda":
         without_tuning()
     task = study.tasks[cell.task]
     data = packed(task.training.draw(study.examples, 1, device))
     check = packed(task.training.draw(study.checks, 2, device))
-    every = max(1, size.steps // 10)
-    search = [Training(cell, task.training, data, rate, 0) for rate in size.rates]
-    together(search, size.steps, check, every)
-    best = max(search, key=lambda t: (t.curve[-1][1], -t.curve[-1][0], -t.curve[-1][2]))
-    others = [Training(cell, task.training, data, best.rate, seed) for seed in range(1, size.seeds)]
-    if others:
-        together(others, size.steps, check, every)
+    runs = [Training(cell, task.training, data, rate, seed) for rate in size.rates for seed in range(size.seeds)]
+    together(runs, size.steps, check, max(1, size.steps // 10))
+    reached = {rate: [t.curve[-1] for t in runs if t.rate == rate] for rate in size.rates}
+    best = max(reached, key=lambda rate: statistics.mean(accuracy for _, accuracy, _ in reached[rate]))
     tests = {name: test.draw(study.checks, 3, device) for name, test in task.tests.items()}
-    runs = [
+    tested = [
         {
             "seed": training.seed,
             "curve": training.curve,
             "tests": {n: training.accuracy(t, by_position=task.by_position) for n, t in tests.items()},
         }
-        for training in [best, *others]
+        for training in runs
+        if training.rate == best
     ]
     return {
         "model": cell.model,
@@ -162,10 +161,10 @@ def run_cell(cell: Cell, device, study) -> dict:
         "width": size.width,
         "layers": size.layers,
         "fields": size.fields,
-        "parameters": sum(p.numel() for p in best.model.parameters()),
-        "rates": {t.rate: t.curve[-1] for t in search},
-        "rate": best.rate,
-        "runs": runs,
+        "parameters": sum(p.numel() for p in runs[0].model.parameters()),
+        "rates": reached,
+        "rate": best,
+        "runs": tested,
         "seconds": round(time.perf_counter() - started, 1),
     }
 

@@ -163,7 +163,9 @@ def cholesky(problem):
     yield torch.where(info[:, None] == 0, found, torch.nan)
 
 
-def draw(rows, folder):
+def draw(result, folder):
+    """Errors of the worst system over iterations, keys of rank 8."""
+    rows = result["rows"]
     plt = drawing()
     if plt is None:
         return
@@ -197,11 +199,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--redraw", action="store_true", help="only the figure, from the file in --output")
     options = parser.parse_args()
-    if options.redraw:
-        draw(json.loads((options.output / "solvers.json").read_text())["rows"], options.output)
-        return
     torch.set_num_threads(options.threads)
     rows = []
     for keys in KEYS:
@@ -232,7 +230,7 @@ def main():
             )
     result = {"environment": environment(), "systems": len(matrix), "ratio": RATIO, "rows": rows}
     write("solvers", result, options.output)
-    draw(rows, options.output)
+    draw(result, options.output)
 
 
 if __name__ == "__main__":

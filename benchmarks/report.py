@@ -1,0 +1,260 @@
+"""Redraws every figure of `results/` from its JSON and writes the tables of `docs/results.md`.
+
+    python benchmarks/report.py
+
+Needs the package and matplotlib, no model, text or GPU.
+"""
+
+import argparse
+import importlib
+import json
+import statistics
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent / "tasks"), str(Path(__file__).parent)]
+import conversion_report  # noqa: E402
+import run as tasks  # noqa: E402
+from record import RESULTS  # noqa: E402
+
+PAGE = Path(__file__).parents[1] / "docs" / "results.md"
+# Scripts with `draw(result, folder)`, which write `<name>.json`.
+DRAWN = (
+    "bayesian_head",
+    "bayesian_pendulum",
+    "gka_gpu",
+    "kalman_defaults",
+    "kla_gpu",
+    "kla_text_uncertainty",
+    "kla_uncertainty",
+    "layer_selection",
+    "small_lm",
+    "smollm2_gpu",
+    "solvers",
+)
+NAMES = {
+    "attention": "softmax attention",
+    "softmax": "softmax attention",
+    "gka": "**GKA**",
+    "kla": "**KLA**",
+    "mamba2": "Mamba-2",
+    "gla": "GLA",
+    "delta_net": "DeltaNet",
+    "gated_delta_net": "Gated DeltaNet",
+    "mesa_net": "MesaNet",
+    "delta_product": "Gated DeltaProduct, 2 reflections",
+}
+HEAD = """# What the layers do
+
+Recall, state tracking and small language models beside softmax attention and the layers of flash-linear-attention
+0.6.0, each in the same blocks, on the same examples, with the same search over learning rates. This page is written by
+`python benchmarks/report.py` from the JSON in `benchmarks/results/`; how each was measured is said there and in the
+script beside it. Losses stand beside wins.
+"""
+
+
+def load(name):
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def figures(folder):
+    """Draw everything; returns the files."""
+    for name in DRAWN:
+        if (result := load(name)) is not None:
+            importlib.import_module(name).draw(result, folder)
+    for study in tasks.STUDIES:
+        if (result := load(f"tasks_{study}")) is not None:
+            tasks.draw(result, folder, study)
+    conversion_report.draw(conversion_report.load(RESULTS), folder)
+    return sorted(Path(folder).glob("*.png"))
+
+
+def table(head, rows):
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
+
+
+def spread(values):
+    """Mean and standard deviation over seeds, in percent."""
+    mean = 100 * statistics.mean(values)
+    return f"{mean:.1f} ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else f"{mean:.1f}"
+
+
+def device(result):
+    at = result["environment"]
+    versions = ", ".join(f"{k} {v}" for k, v in at["versions"].items() if k in ("torch", "triton") and v)
+    return f"{at['device']}, {versions}"
+
+
+def done(result):
+    return [cell for cell in result["cells"].values() if "runs" in cell]
+
+
+def recall(result):
+    study = result["study"]
+    parts = [
+        "## Recall\n",
+        "Multi-query associative recall (arXiv 2312.04927): keys with values, then keys again; the share of right "
+        "values. Two layers without MLP and without output gates; GKA bare as in its paper (no decay, mix or input "
+        f"gate). {study['steps']:,} steps of {study['batch']} sequences with 4 to 128 pairs in 512 tokens; tested at 8 "
+        "tokens for each pair (64 at least), so 256 pairs in 2,048 tokens are longer than anything trained on. Mean "
+        f"and standard deviation over seeds; {study['search']}. Softmax attention has no short convolution here, and "
+        "these steps are too few for it "
+        f"([JSON](../benchmarks/results/tasks_mqar.json), {device(result)}, {tasks_time(result)}).\n",
+        "![accuracy over pairs](../benchmarks/results/tasks_mqar.png)\n",
+    ]
+    for width in sorted({cell["width"] for cell in done(result)}):
+        own = [cell for cell in done(result) if cell["width"] == width]
+        own.sort(key=lambda cell: -statistics.mean(run["tests"]["64"] for run in cell["runs"]))
+        pairs = list(own[0]["runs"][0]["tests"])
+        rows = [
+            [NAMES[cell["model"]], *(spread([run["tests"][p] for run in cell["runs"]]) for p in pairs)] for cell in own
+        ]
+        parts.append(table([f"width {width}, %", *(f"{p} pairs" for p in pairs)], rows) + "\n")
+    return parts
+
+
+def words(result):
+    study, cells = result["study"], done(result)
+    parts = [
+        "## State tracking\n",
+        "The word problem of A5 (arXiv 2404.08819): after each of 32 random elements, the product so far. Entries: the "
+        "longest word with at least 90 % right answers, mean over seeds. Width 128, SwiGLU MLPs; "
+        f"{study['steps']:,} steps of {study['batch']} words "
+        f"([JSON](../benchmarks/results/tasks_words.json), {device(result)}, {tasks_time(result)}).\n",
+        "![accuracy over positions](../benchmarks/results/tasks_words.png)\n",
+    ]
+    depths = sorted({cell["layers"] for cell in cells})
+    rows = []
+    for model in dict.fromkeys(cell["model"] for cell in cells):
+        row = [NAMES[model]]
+        for depth in depths:
+            found = tasks.curves([c for c in cells if (c["model"], c["layers"]) == (model, depth)]).get(model)
+            row.append("" if found is None else sum(all(v >= 0.9 for v in found[: n + 1]) for n in range(len(found))))
+        rows.append(row)
+    parts.append(table(["blocks", *depths], rows) + "\n")
+    return parts
+
+
+def mad(result):
+    cells = done(result)
+    names = list(dict.fromkeys(cell["task"] for cell in cells))
+    rows = []
+    for model in dict.fromkeys(cell["model"] for cell in cells):
+        own = {c["task"]: spread([run["tests"]["test"] for run in c["runs"]]) for c in cells if c["model"] == model}
+        rows.append([NAMES[model], *(own.get(name, "") for name in names)])
+    note = f"([JSON](../benchmarks/results/tasks_mad.json), {device(result)}, {tasks_time(result)})"
+    head = "## MAD\n\nThe six tasks of arXiv 2403.17844, two blocks of width 128; share of right answers, three seeds"
+    return [f"{head} {note}.\n", table(["%", *names], rows) + "\n"]
+
+
+def ablations(result):
+    cells = done(result)
+    pairs = list(cells[0]["runs"][0]["tests"])
+    rows = [[cell["label"], *(spread([run["tests"][p] for run in cell["runs"]]) for p in pairs)] for cell in cells]
+    return [
+        "### What the parts do\n",
+        "One change to the bare layer each, width 128 "
+        f"([JSON](../benchmarks/results/tasks_ablations.json), {device(result)}, {tasks_time(result)}).\n",
+        table(["%", *(f"{p} pairs" for p in pairs)], rows) + "\n",
+    ]
+
+
+def language(result):
+    models = {name: row for name, row in result["models"].items() if "curve" in row}
+    tokens = next(iter(models.values()))["tokens"]
+    rows = [
+        [
+            NAMES[name],
+            f"{row['held_out_bits_per_byte']:.3f}",
+            f"{next(b for t, b in row['curve'] if t >= tokens / 4):.3f}",
+            f"{row['learning_rate']:g}",
+            f"{row['parameters'] / 1e6:.1f} M",
+            f"{row['peak_mib'] / 1024:.1f}",
+        ]
+        for name, row in sorted(models.items(), key=lambda pair: pair[1]["held_out_bits_per_byte"])
+    ]
+    parts = [
+        "## Small language models\n",
+        f"{tokens / 1e6:.0f} M tokens of Wikipedia articles and passages ({result['training_tokens'] / 1e6:.1f} M "
+        "different ones), byte-level BPE of 8,192 tokens, windows of 512, 8 layers of width 384, MLPs that make all "
+        "equally large, the best rate of a grid at a quarter of the budget, one seed "
+        f"([JSON](../benchmarks/results/small_lm.json), {device(result)}).\n",
+        "![held-out bits per byte over tokens](../benchmarks/results/small_lm.png)\n",
+        table(["", "bits/byte", "at a quarter", "rate", "parameters", "peak GiB"], rows) + "\n",
+    ]
+    variants = {name: row for name, row in result["variants"].items() if "curve" in row}
+    if len(variants) > 1:
+        rows = [[name, f"{row['held_out_bits_per_byte']:.3f}"] for name, row in variants.items()]
+        parts += ["A quarter of the budget, one change each:\n", table(["", "bits/byte"], rows) + "\n"]
+    return parts
+
+
+def solvers(result):
+    wanted = [("adaptive", "adaptive"), ("constant 0.1", "0.1"), ("constant 0.01", "0.01")]
+    rows = []
+    for solver in dict.fromkeys(row["solver"] for row in result["rows"]):
+        line = [solver]
+        for ridge, _ in wanted:
+            own = [
+                row
+                for row in result["rows"]
+                if (row["solver"], row["ridge"], row["dtype"], row["keys"]) == (solver, ridge, "bfloat16", "rank 8")
+                and row["iterations"] in (0, 30)
+            ]
+            worst, broken = own[0]["error"]["worst"], own[0]["broken"]
+            line.append(f"{'–' if worst is None else f'{worst:.0e}'}, {broken:.0%}")
+        rows.append(line)
+    return [
+        "## Solvers\n",
+        f"(H + λI) x = q for {result['systems']:,} states of width 128, keys of rank 8 with a little noise, operands "
+        "in bfloat16, 30 iterations: relative error of the worst system that did not break, and the share that broke "
+        "(NaN or beyond 1e3), by ridge "
+        f"([JSON](../benchmarks/results/solvers.json), {device(result)}).\n",
+        "![errors over iterations](../benchmarks/results/solvers.png)\n",
+        table(["solver", *(f"λ {name}" for _, name in wanted)], rows) + "\n",
+    ]
+
+
+def tasks_time(result):
+    """Seconds of all cells: several train at once, so this is what they held, not what passed."""
+    seconds = sum(cell["seconds"] for cell in done(result))
+    return f"{seconds / 60:.0f} process-minutes, {result['processes']} at once"
+
+
+SECTIONS = (
+    ("tasks_mqar", recall),
+    ("tasks_ablations", ablations),
+    ("tasks_words", words),
+    ("tasks_mad", mad),
+    ("small_lm", language),
+    ("solvers", solvers),
+)
+
+
+def page():
+    """The text of `docs/results.md`."""
+    parts, missing = [HEAD], []
+    for name, section in SECTIONS:
+        result = load(name)
+        if result is None:
+            missing.append(f"`{name}`")
+        else:
+            parts += section(result)
+    if missing:
+        parts.append(f"Not measured yet: {', '.join(missing)}.\n")
+    return "\n".join(parts)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the figures")
+    options = parser.parse_args()
+    for path in figures(options.output):
+        print(path.name)
+    PAGE.write_text(page())
+
+
+if __name__ == "__main__":
+    main()
