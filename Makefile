@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-oldest test-gpu lint clean
+.PHONY: demo test test-oldest test-gpu lint figures clean
 
 # A CPU build of torch is enough for everything but the GPU tests. Set TORCH to another requirement, or to "" to keep
 # the torch that the interpreter already has (VENV_FLAGS=--system-site-packages).
@@ -39,6 +39,10 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# Every figure and docs/results.md again, from the JSON in benchmarks/results.
+figures: $(VENV)/.installed
+	$(BIN)/python benchmarks/report.py
 
 clean:
 	rm -rf $(VENV) .venv-oldest build dist

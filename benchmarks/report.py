@@ -28,6 +28,7 @@ DRAWN = (
     "kla_text_uncertainty",
     "kla_uncertainty",
     "layer_selection",
+    "long_context",
     "small_lm",
     "smollm2_gpu",
     "solvers",
@@ -223,12 +224,28 @@ def tasks_time(result):
     return f"{seconds / 60:.0f} process-minutes, {result['processes']} at once"
 
 
+def long_context(result):
+    rows = []
+    for name, row in result["models"].items():
+        rows += [[f"{name}, {kind}", *(f"{100 * v:.0f}" for v in row[kind].values())] for kind in ("needle", "pairs")]
+    contexts = list(next(iter(result["models"].values()))["needle"])
+    return [
+        "## Long context\n",
+        f"SmolLM2-135M-Instruct and conversions of it, {result['cases']} questions each: codes of four digits found, "
+        "%, in running text (needle) or among nothing but such sentences (pairs) "
+        f"([JSON](../benchmarks/results/long_context.json), {device(result)}).\n",
+        "![found over the context, loss over the position](../benchmarks/results/long_context.png)\n",
+        table(["context", *(f"{int(c):,}" for c in contexts)], rows) + "\n",
+    ]
+
+
 SECTIONS = (
     ("tasks_mqar", recall),
     ("tasks_ablations", ablations),
     ("tasks_words", words),
     ("tasks_mad", mad),
     ("small_lm", language),
+    ("long_context", long_context),
     ("solvers", solvers),
 )
 

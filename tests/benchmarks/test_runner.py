@@ -1,0 +1,157 @@
+"""The harness of the synthetic tasks: it trains what it says, resumes, and tells of what failed."""
+
+import json
+
+import pytest
+import run as tasks
+import torch
+from registry import MODELS, Cell, Size, build
+from run import Study, Task
+from runner import Training, packed, run_all, run_cell, together
+from sequences import Examples, Mad, Recall, Word
+
+from hf_kalman import GKAConfig, GKAModel, KLAConfig, KLAModel
+
+TASK = Recall(32, 4, vocabulary=32, mixed=True)
+SIZE = Size(width=32, head=16, batch=16, steps=40, rates=(1e-2, 1e-3), seeds=2)
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("model", ["attention", "gka", "kla"])
+def test_models_are_causal_and_start_from_their_seed(model):
+    cell = Cell(model, "recall", SIZE)
+    net = build(cell, TASK, 0)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), build(cell, TASK, 0).parameters(), strict=True))
+    assert not torch.equal(net.embedding.weight, build(cell, TASK, 1).embedding.weight)
+    tokens = torch.randint(32, (2, 20))
+    changed = tokens.clone()
+    changed[:, 12:] = torch.randint(32, (2, 8))
+    with torch.no_grad():
+        a, b = net(tokens), net(changed)
+    assert torch.equal(a[:, :12], b[:, :12]) and not torch.equal(a[:, 12:], b[:, 12:])
+
+
+@pytest.mark.parametrize(("name", "config", "model"), [("gka", GKAConfig, GKAModel), ("kla", KLAConfig, KLAModel)])
+def test_our_mixers_start_as_the_package_starts_them(name, config, model):
+    fields = {"linear_state_size": 4} if name == "kla" else {}
+    net = build(Cell(name, "recall", Size(width=32, head=16, layers=1, fields=fields)), TASK, 3)
+    torch.manual_seed(3)
+    whole = model(
+        config(
+            vocab_size=8,
+            hidden_size=32,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            head_dim=16,
+            pad_token_id=None,
+            bos_token_id=None,
+            eos_token_id=None,
+            **fields,
+        )
+    )
+    wanted = whole.layers[0].mixer.state_dict()
+    found = net.blocks[0].mixer.state_dict()
+    assert found.keys() == wanted.keys() and all(torch.equal(found[k], wanted[k]) for k in wanted)
+
+
+def test_compression_reads_the_last_state_alone():
+    task = Mad("compress")
+    net = build(Cell("attention", "compress", SIZE), task, 0)
+    tokens, targets, _ = task.draw(4, 0)
+    assert net(tokens).shape == (4, 32, 17) and targets.shape == (4, 32)
+    with torch.no_grad():
+        wanted = net(tokens)
+
+        def only_the_last(module, inputs, output):
+            return torch.cat([torch.zeros_like(output[:, :-1]), output[:, -1:]], 1)
+
+        net.norm.register_forward_hook(only_the_last)
+        assert torch.equal(net(tokens), wanted)
+
+
+def test_steps_are_those_of_a_plain_loop():
+    cell, data = Cell("attention", "recall", SIZE), packed(TASK.draw(64, 0))
+    first, second = (Training(cell, TASK, data, 1e-2, 0) for _ in range(2))
+    for _ in range(5):
+        first.advance()
+        second.advance()
+    assert first.counter == 5
+    for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    # Batches follow the seed's order and begin again at its end.
+    rows = [(torch.tensor(step) * 16 + first.offsets) % 64 for step in range(5)]
+    assert torch.equal(rows[0], rows[4]) and not torch.equal(rows[0], rows[1])
+
+
+def test_a_cell_learns_and_reports_every_seed_at_the_best_rate():
+    easy = Task(Recall(16, 2, vocabulary=16), {"2": Recall(16, 2, vocabulary=16)})
+    size = Size(width=32, head=16, batch=32, steps=150, rates=(1e-2, 1e-6), seeds=2)
+    cell = Cell("attention", "recall", size)
+    result = run_cell(cell, CPU, Study((cell,), {"recall": easy}, 2048, 64))
+    assert result["rate"] == 1e-2 and [run["seed"] for run in result["runs"]] == [0, 1]
+    assert all(run["tests"]["2"] > 0.4 for run in result["runs"])
+    assert all(accuracy < 0.3 for _, accuracy, _ in result["rates"][1e-6])
+    json.dumps(result)
+
+
+def test_accuracy_by_position_and_early_end():
+    task = Word("A5", 4)
+    cell = Cell("attention", "A5", Size(width=32, head=16, mlp=16, batch=8, steps=30))
+    training = Training(cell, task, packed(task.draw(64, 0)), 1e-3, 0)
+    by_position = training.accuracy(task.draw(128, 1), by_position=True)
+    whole = training.accuracy(task.draw(128, 1))
+    assert len(by_position) == 4 and sum(by_position) / 4 == pytest.approx(whole, abs=1e-3)
+    examples = Examples(torch.zeros(8, 4, dtype=torch.int64), torch.zeros(8, 4, dtype=torch.int64))
+    constant = Training(cell, task, packed(examples), 1e-2, 0)
+    together([constant], 30, examples, 5)
+    assert constant.curve[-1][1] == 1.0 and constant.curve[-1][0] < 30
+
+
+def double(job, device):
+    if job < 0:
+        raise ValueError("negative")
+    return {"value": 2 * job, "device": str(device)}
+
+
+def test_jobs_are_spread_and_failures_are_told():
+    found = {}
+    run_all({"a": 1, "b": -1, "c": 3}, double, ["cpu"], 2, 60, found.__setitem__)
+    assert found["a"]["value"] == 2 and found["c"]["value"] == 6 and "negative" in found["b"]["failed"]
+    found.clear()
+    run_all({"a": 1}, double, ["cpu"], 1, -1, found.__setitem__)
+    assert found == {}
+
+
+def test_a_study_goes_on_and_forgets_what_other_settings_gave(tmp_path, monkeypatch):
+    def small():
+        """Two easy cells."""
+        cells = tuple(
+            Cell(m, "mqar", Size(width=16, head=16, batch=4, steps=2, rates=(1e-3,), seeds=1)) for m in ("attention",)
+        )
+        return Study(cells, {"mqar": Task(TASK, {"4": TASK})}, 16, 8)
+
+    monkeypatch.setitem(tasks.STUDIES, "mqar", small)
+
+    class Options:
+        output, models = tmp_path, None
+
+    tasks.run_study("mqar", Options, ["cpu"], 1, 100)
+    first = json.loads((tmp_path / "tasks_mqar.json").read_text())
+    assert "runs" in first["cells"]["attention/mqar/16x2"]
+    first["cells"]["attention/mqar/16x2"]["kept"] = True
+    (tmp_path / "tasks_mqar.json").write_text(json.dumps(first))
+    tasks.run_study("mqar", Options, ["cpu"], 1, 100)
+    assert json.loads((tmp_path / "tasks_mqar.json").read_text())["cells"]["attention/mqar/16x2"]["kept"]
+    first["study"]["steps"] = 3
+    (tmp_path / "tasks_mqar.json").write_text(json.dumps(first))
+    tasks.run_study("mqar", Options, ["cpu"], 1, 100)
+    assert "kept" not in json.loads((tmp_path / "tasks_mqar.json").read_text())["cells"]["attention/mqar/16x2"]
+
+
+@pytest.mark.parametrize("name", list(tasks.STUDIES))
+def test_studies_name_models_and_tasks_that_exist(name):
+    study = tasks.STUDIES[name]()
+    assert len({cell.key for cell in study.cells}) == len(study.cells)
+    assert {cell.task for cell in study.cells} <= study.tasks.keys()
+    assert {cell.model for cell in study.cells} <= {*MODELS, "delta_product"}
