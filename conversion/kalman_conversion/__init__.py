@@ -6,7 +6,7 @@ from .layer_selection import choose_layers, rank_layers
 from .plan import FAMILIES, MIXERS, ConversionPlan, plan_conversion, resolve_layers
 from .rls import RecursiveLeastSquares
 from .stages import STAGES, read_stages, run_stages
-from .swap import check_checkpoint, initialise_mixer, load_model, swap_attention, swap_checkpoint
+from .swap import check_source, initialise_mixer, load_model, swap_attention, swap_checkpoint
 from .text import read_documents, token_windows
 from .verify import perplexity, verify
 
@@ -17,8 +17,8 @@ __all__ = [
     "ConversionPlan",
     "RecursiveLeastSquares",
     "Training",
-    "check_checkpoint",
     "check_pair",
+    "check_source",
     "choose_layers",
     "heal_distil",
     "heal_finetune",

@@ -18,8 +18,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from hf_kalman.cache import cache_bytes
-from hf_kalman.hub import BaseModel, model_card, push_to_hub
-from hf_kalman.hub import check_checkpoint as check_whole
+from hf_kalman.hub import BaseModel, check_checkpoint, model_card, push_to_hub
 from hf_kalman.hub.card import draw_cache
 
 from .files import check_output, new_folder
@@ -30,7 +29,7 @@ from .layer_selection import CRITERIA, choose_layers, plot_ranking, rank_layers,
 from .plan import FAMILIES, MIXERS, mixer_options, plan_conversion
 from .recipe import load_recipe
 from .stages import STAGES, Stage, is_main, read_stages, run_stages, window_counts
-from .swap import check_checkpoint, load_model, swap_checkpoint
+from .swap import check_source, load_model, swap_checkpoint
 from .text import read_documents, token_windows
 from .verify import verify
 
@@ -258,7 +257,7 @@ def _push(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    names = check_whole(options.model, revision=options.revision)
+    names = check_checkpoint(options.model, revision=options.revision)
     _say(f"{options.model}: {len(names)} weight files, whole")
     return 0
 
@@ -299,7 +298,7 @@ def _rank(options: argparse.Namespace, count: int | None, mixer: str, fields: di
         if number < 1:
             raise ValueError(f"`--{name.replace('_', '-')}` must be at least {length}, got {getattr(options, name)}.")
     if Path(options.model).exists():
-        check_checkpoint(options.model)
+        check_source(options.model)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     healing, measuring = numbers["rls_tokens"] + 1, numbers["selection_tokens"]
     if options.selection_data is None:
@@ -353,7 +352,7 @@ def _swap(options: argparse.Namespace) -> int:
     settings = _merge(options, {k: v for k, v in section.items() if k != "options"}, defaults)
     fields = {**section.get("options", {}), **_assignments("--option", options.option)}
     folder = _local(options.model)
-    check_checkpoint(folder)
+    check_source(folder)
     source = AutoConfig.from_pretrained(folder)
     fields = mixer_options(source, settings["initialisation"], fields, settings["mixer"])
     check_output(options.output)
@@ -446,7 +445,7 @@ def _heal(options: argparse.Namespace) -> int:
         raise ValueError("`--teacher` must be given for all stages but finetune.")
     for folder in filter(None, (options.model, options.teacher)):
         if Path(folder).exists():
-            check_checkpoint(folder)
+            check_source(folder)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     windows = token_windows(tokenizer, documents, length, needed)
     names = ", ".join(stage.name for stage in stages)
@@ -505,7 +504,7 @@ def _verify(options: argparse.Namespace) -> int:
     documents = read_documents(options.data)
     for folder in (options.model, options.teacher):
         if Path(folder).exists():
-            check_checkpoint(folder)
+            check_source(folder)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     windows = token_windows(tokenizer, documents, options.window, max(1, options.tokens // options.window))
     student = load_model(options.model, torch.float32, options.device)

@@ -33,14 +33,14 @@ from .streaming import (
     write_checkpoint,
 )
 
-__all__ = ["check_checkpoint", "initialise_mixer", "load_model", "swap_attention", "swap_checkpoint"]
+__all__ = ["check_source", "initialise_mixer", "load_model", "swap_attention", "swap_checkpoint"]
 
 _FAMILIES = {"gka": (GKAForCausalLM, GKAMixer), "kla": (KLAForCausalLM, KLAMixer)}
 # Half-lives in tokens over the heads of a mixer at the start: from a phrase to a long context.
 HALF_LIVES = (4.0, 4096.0)
 
 
-def check_checkpoint(path: str | Path, function: str = "swap_attention") -> None:
+def check_source(path: str | Path, function: str = "swap_attention") -> None:
     """Read the headers of a local checkpoint's safetensors files, so that a damaged one is found before any work.
 
     Args:
@@ -66,7 +66,7 @@ def check_checkpoint(path: str | Path, function: str = "swap_attention") -> None
 def load_model(path: str | Path, dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu"):
     """`AutoModelForCausalLM.from_pretrained` behind a check of a local folder's files."""
     if Path(path).exists():
-        check_checkpoint(path)
+        check_source(path)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     return model.to(torch.device(device))  # pyright: ignore[reportArgumentType]
 
@@ -107,7 +107,7 @@ def swap_attention(
     _check_initialisation(initialisation)
     if isinstance(model, (str, Path)):
         if Path(model).exists():
-            check_checkpoint(model)
+            check_source(model)
         source = AutoConfig.from_pretrained(model)
         plan_conversion(source, mixer, layers, **mixer_options(source, initialisation, mixer_fields, mixer))
         model, share_weights = AutoModelForCausalLM.from_pretrained(model, dtype="auto"), True
@@ -220,7 +220,7 @@ def swap_checkpoint(
         OSError: the disk has no room.
     """
     folder = Path(model)
-    check_checkpoint(folder)
+    check_source(folder)
     _check_initialisation(initialisation)
     source = AutoConfig.from_pretrained(folder)
     options = mixer_options(source, initialisation, mixer_fields, mixer)

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from tiny_teachers import FAMILIES, projections, teacher, tokens
 from transformers import AutoModelForCausalLM
 
-from kalman_conversion import check_checkpoint, load_model, swap_attention, swap_checkpoint
+from kalman_conversion import check_source, load_model, swap_attention, swap_checkpoint
 from kalman_conversion import swap as swapping
 from kalman_conversion.heal import heal_rls, layer_errors
 from kalman_conversion.verify import kept_weights_differ, verify
@@ -191,10 +191,10 @@ def test_a_bias_that_only_one_layer_has_is_refused_by_name():
 
 def test_missing_and_damaged_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
-        check_checkpoint(tmp_path)
+        check_source(tmp_path)
     source = teacher()
     source.save_pretrained(tmp_path, max_shard_size="20KB")
-    check_checkpoint(tmp_path)
+    check_source(tmp_path)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     name = sorted(set(index["weight_map"].values()))[1]
     whole = (tmp_path / name).read_bytes()

@@ -20,7 +20,7 @@ from hf_kalman.gka.hybrid_qwen3 import MIXER_FIELDS, SYMBOLS, HybridQwen3Config
 
 from ..files import check_output, new_folder
 from ..streaming import StoredTensor, all_tensors, copy_rest, read_shards, write_checkpoint
-from ..swap import check_checkpoint
+from ..swap import check_source
 
 __all__ = ["export_awslabs", "import_awslabs"]
 
@@ -120,7 +120,7 @@ def import_awslabs(model: str | Path, output: str | Path) -> GKAConfig:
         OSError: the disk has no room.
     """
     source = Path(model)
-    check_checkpoint(source, "import_awslabs")
+    check_source(source, "import_awslabs")
     config, fused = _read_config(source)
     teacher = tuple(f"model.layers.{index}.self_attn." for index in fused)
     shards = {
@@ -158,7 +158,7 @@ def export_awslabs(model: str | Path, output: str | Path) -> str:
         OSError: the disk has no room.
     """
     source = Path(model)
-    check_checkpoint(source, "export_awslabs")
+    check_source(source, "export_awslabs")
     raw = json.loads((source / "config.json").read_text(encoding="utf-8"))
     if raw.get("model_type") != "kalman_gka":
         raise ValueError(f"export_awslabs: `model` must be of type kalman_gka, got {raw.get('model_type')!r}.")
