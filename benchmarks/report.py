@@ -120,7 +120,7 @@ def words(result):
     study, cells = result["study"], done(result)
     parts = [
         "## State tracking\n",
-        "The word problem of A5 (arXiv 2404.08819): after each of 32 random elements, the product so far. Entries: the "
+        "The word problem of A5 (arXiv 2404.08819): after each of 16 random elements, the product so far. Entries: the "
         "longest word with at least 90 % right answers, mean over seeds. Width 128, SwiGLU MLPs; "
         f"{study['steps']:,} steps of {study['batch']} words "
         f"([JSON](../benchmarks/results/tasks_words.json), {device(result)}, {tasks_time(result)}).\n",
