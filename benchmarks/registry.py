@@ -6,7 +6,6 @@ A mixer maps (B, T, width) to the same. `MIXERS` makes them by name: ours, softm
 width * head numbers per layer. KLA keeps its published 16 filters for each of its 2 * width channels, two numbers each.
 """
 
-import copy
 import math
 from dataclasses import dataclass, field
 
@@ -131,21 +130,17 @@ def _kla(width, head, layers, **fields):
     return _ours(KLAConfig, KLAModel, width, head, layers, **fields)
 
 
-def _peers(name, **settings):
-    """A maker of layers; a setting that is a function is one of the key width."""
+def _peers(name, told_head=True, **settings):
+    """A maker of layers; `told_head`: whether the layer takes the key width (or has it from width and heads)."""
 
     def make(width, head, layers, **fields):
-        ready = {key: value(head) if callable(value) else value for key, value in settings.items()}
-        return _peer(name, width, head, layers, **ready | fields)
+        import fla.layers
+
+        own = {"hidden_size": width, "num_heads": max(1, width // head), **settings, **fields}
+        own |= {"head_dim": head} if told_head else {}
+        return [Peer(getattr(fla.layers, name)(**own)) for _ in range(layers)]
 
     return make
-
-
-def _peer(name, width, head, layers, **fields):
-    import fla.layers
-
-    heads = max(1, width // head)
-    return [Peer(getattr(fla.layers, name)(hidden_size=width, num_heads=heads, **fields)) for _ in range(layers)]
 
 
 MIXERS = {
@@ -153,11 +148,11 @@ MIXERS = {
     "gka": _gka,
     "kla": _kla,
     "mamba2": lambda width, head, layers: [Mamba2(width, max(1, 2 * width // head), head) for _ in range(layers)],
-    "gla": _peers("GatedLinearAttention", expand_k=1.0, expand_v=2.0, use_short_conv=True),
-    "delta_net": _peers("DeltaNet", expand_v=2.0),
-    "gated_delta_net": _peers("GatedDeltaNet", head_dim=int, expand_v=2.0),
-    "mesa_net": _peers("MesaNet", head_dim=int),
-    "delta_product": _peers("GatedDeltaProduct", head_dim=int, expand_v=2.0, num_householder=2, allow_neg_eigval=True),
+    "gla": _peers("GatedLinearAttention", False, expand_k=1.0, expand_v=2.0, use_short_conv=True),
+    "delta_net": _peers("DeltaNet", False, expand_v=2.0),
+    "gated_delta_net": _peers("GatedDeltaNet", expand_v=2.0),
+    "mesa_net": _peers("MesaNet"),
+    "delta_product": _peers("GatedDeltaProduct", expand_v=2.0, num_householder=2, allow_neg_eigval=True),
 }
 OURS = ("gka", "kla")
 MODELS = tuple(name for name in MIXERS if name != "delta_product")
@@ -257,5 +252,5 @@ def build(cell: Cell, task, seed: int) -> TaskModel:
     """The cell's model, drawn from `seed`; `task` has `vocabulary`, `decoded` and `tied`."""
     torch.manual_seed(seed)
     size = cell.size
-    mixers = MIXERS[cell.model](size.width, size.head, size.layers, **copy.deepcopy(size.fields))
+    mixers = MIXERS[cell.model](size.width, size.head, size.layers, **size.fields)
     return TaskModel(mixers, size.width, task.vocabulary, size.mlp, task.decoded, task.tied)

@@ -123,13 +123,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("study", choices=[*STUDIES, "all"])
     parser.add_argument("--models", nargs="+")
-    parser.add_argument("--workers", type=int, help="processes; three for each GPU, two without one")
+    parser.add_argument("--workers", type=int, help="processes; two for each GPU, two without one")
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no cell is begun")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     started = time.time()
     devices = [f"cuda:{n}" for n in range(torch.cuda.device_count())] or ["cpu"]
-    workers = options.workers or (3 * len(devices) if devices != ["cpu"] else 2)
+    workers = options.workers or 2 * len(devices)
     for name in STUDIES if options.study == "all" else [options.study]:
         run_study(name, options, devices, workers, options.limit - (time.time() - started))
 
