@@ -52,7 +52,8 @@ VARIANTS = {
         "no decay": {"use_decay": False},
         "no input gate": {"use_input_gate": False},
         "no output gate": {"use_output_gate": False},
-        **{f"ridge ratio {ratio}": {"ridge_ratio": ratio} for ratio in (0.005, 0.05, 0.1)},
+        "with local values": {"use_local_values": True},
+        **{f"ridge ratio {ratio}": {"ridge_ratio": ratio} for ratio in (0.005, 0.05, 0.2)},
         **{f"{number} iterations": {"solver_iterations": number} for number in (0, 2, 5, 10)},
     },
     "kla": {
