@@ -98,7 +98,8 @@ def recall(result):
         "## Recall\n",
         "Multi-query associative recall (arXiv 2312.04927): keys with values, then keys again; the share of right "
         "values. Two layers without MLP and without output gates; GKA bare as in its paper (no decay, mix or input "
-        f"gate). {study['steps']:,} steps of {study['batch']} sequences with 4 to 128 pairs in 512 tokens; tested at 8 "
+        "gate); 1,024 symbols, tied embeddings. "
+        f"{study['steps']:,} steps of {study['batch']} sequences with 4 to 128 pairs in 512 tokens; tested at 8 "
         "tokens for each pair (64 at least), so 256 pairs in 2,048 tokens are longer than anything trained on. Mean "
         f"and standard deviation over seeds; {study['search']}. Softmax attention has no short convolution here, and "
         "these steps are too few for it "
