@@ -78,12 +78,12 @@ def _words(length, steps, batch, depths, models, groups, rates, seeds=2):
 
 def words():
     """A5, words of 16 elements, 1 to 4 blocks."""
-    return _words(16, 8000, 512, (1, 2, 3, 4), WORDS, ("A5",), (1e-3, 3e-3))
+    return _words(16, 8000, 512, (1, 2, 3, 4), WORDS, ("A5",), (3e-4, 1e-3))
 
 
 def long_words():
     """A5 and S5, words of 256 elements, 2 and 4 blocks."""
-    return _words(256, 8000, 64, (2, 4), ("kla", "delta_product"), ("A5", "S5"), (5e-4, 2e-3))
+    return _words(256, 8000, 64, (2, 4), ("kla", "delta_product"), ("A5", "S5"), (3e-4, 1e-3))
 
 
 def mad():
