@@ -103,7 +103,7 @@ def update(case, queue):
 
 
 def speed(device):
-    cases = [(d, v, "diagonal", 1) for d in (64, 256, 1024, 4096) for v in (2, 100, 50_000) if d * v <= 51_200_000]
+    cases = [(d, v, "diagonal", 1) for d in (64, 256, 1024, 4096) for v in (2, 100, 50_000)]
     cases += [(d, 100, "shared", 1) for d in (64, 256, 1024, 4096)]
     cases += [(d, v, "full", 1) for d, v in ((64, 2), (64, 100), (256, 2), (256, 100), (1024, 2), (4096, 2))]
     cases += [(d, v, "diagonal", 2) for d in (64, 256, 1024) for v in (2, 100)]
