@@ -233,7 +233,8 @@ def long_context(result):
     return [
         "## Long context\n",
         f"SmolLM2-135M-Instruct and conversions of it, {result['cases']} questions each: codes of four digits found, "
-        "%, in running text (needle) or among nothing but such sentences (pairs) "
+        "%, in running text (needle) or among nothing but such sentences (pairs); least squares on 65,536 tokens is "
+        "the whole of the healing "
         f"([JSON](../benchmarks/results/long_context.json), {device(result)}).\n",
         "![found over the context, loss over the position](../benchmarks/results/long_context.png)\n",
         table(["context", *(f"{int(c):,}" for c in contexts)], rows) + "\n",

@@ -1,6 +1,10 @@
 """What a model finds in a long context, and its loss against the position: a teacher, its conversions, healed or not.
 
-    python benchmarks/tasks/long_context.py --models teacher=FOLDER converted=FOLDER healed=FOLDER --text FILE...
+    kalman-convert swap --model TEACHER --output SWAPPED \\
+        --layers auto:8 --ranking benchmarks/results/layer_selection.json
+    kalman-convert heal --model SWAPPED --teacher TEACHER --output HEALED \\
+        --data TEXT --stages rls --set rls.tokens=65536
+    python benchmarks/tasks/long_context.py --models teacher=TEACHER swapped=SWAPPED healed=HEALED --text FILE...
 
 needle: one sentence with a code of four digits in running text, at five depths, asked for at the end. pairs: nothing
 but such sentences, as many as fit, one of them asked for. Share of codes that greedy decoding gives exactly. Loss:
@@ -129,6 +133,9 @@ def draw(result, folder):
         axes, ("a needle, share found", "one of many pairs, share found", "nats per token"), strict=True
     ):
         axis.set(xscale="log", title=title, xlabel="position" if "nats" in title else "context")
+        places = sorted({int(x) for line in axis.get_lines() for x in line.get_xdata()})
+        axis.set_xticks(places, [str(x) if x < 1024 else f"{x // 1024}k" for x in places], fontsize=8)
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=7)
     figure.tight_layout()
