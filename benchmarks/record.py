@@ -83,6 +83,13 @@ def interval(values):
     return 1.96 * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
+def continued(name, settings, folder=RESULTS):
+    """What `<folder>/<name>.json` holds if it was measured with these settings, entries of the same names; else {}."""
+    path = Path(folder) / f"{name}.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return found if all(found.get(key) == value for key, value in settings.items()) else {}
+
+
 def write(name, result, folder=RESULTS):
     """Write `result` to `<folder>/<name>.json`."""
     path = Path(folder) / f"{name}.json"

@@ -217,6 +217,15 @@ class TaskModel(nn.Module):
         return self.head(hidden)
 
 
+def weight_decay_groups(model: nn.Module, decay: float, exempt=("bias", "A_log")) -> list[dict]:
+    """Parameter groups for AdamW: `decay` on matrices, none on other shapes and on names with a part in `exempt`."""
+    groups = [{"params": [], "weight_decay": decay}, {"params": [], "weight_decay": 0.0}]
+    for name, parameter in model.named_parameters():
+        plain = parameter.ndim == 2 and not any(part in name for part in exempt)
+        groups[0 if plain else 1]["params"].append(parameter)
+    return groups
+
+
 @dataclass(frozen=True)
 class Size:
     """A model's size and its training: everything of a cell but the mixer and the task."""
@@ -229,7 +238,6 @@ class Size:
     steps: int = 3000
     rates: tuple = (1e-3, 3e-3, 1e-2)
     seeds: int = 3
-    decay: float = 0.1
     fields: dict = field(default_factory=dict)
 
 

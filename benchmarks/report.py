@@ -10,12 +10,14 @@ import importlib
 import json
 import statistics
 import sys
+from itertools import takewhile
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent / "tasks"), str(Path(__file__).parent)]
 import conversion_report  # noqa: E402
 import run as tasks  # noqa: E402
 from record import RESULTS  # noqa: E402
+from run import done  # noqa: E402
 
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 # Scripts with `draw(result, folder)`, which write `<name>.json`.
@@ -88,10 +90,6 @@ def device(result):
     return f"{at['device']}, {versions}"
 
 
-def done(result):
-    return [cell for cell in result["cells"].values() if "runs" in cell]
-
-
 def recall(result):
     study = result["study"]
     parts = [
@@ -132,8 +130,8 @@ def words(result):
     for model in dict.fromkeys(cell["model"] for cell in cells):
         row = [NAMES[model]]
         for depth in depths:
-            found = tasks.curves([c for c in cells if (c["model"], c["layers"]) == (model, depth)]).get(model)
-            row.append("" if found is None else sum(all(v >= 0.9 for v in found[: n + 1]) for n in range(len(found))))
+            own = [tasks.along(cell) for cell in cells if (cell["model"], cell["layers"]) == (model, depth)]
+            row += [len(list(takewhile(lambda share: share >= 0.9, found))) for found in own] or [""]
         rows.append(row)
     parts.append(table(["blocks", *depths], rows) + "\n")
     return parts

@@ -13,7 +13,6 @@ its model's rate, are in `variants`.
 """
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -23,8 +22,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from record import RESULTS, drawing, environment, write
-from registry import HEAD, MIXERS, TaskModel
+from record import RESULTS, continued, drawing, environment, write
+from registry import HEAD, MIXERS, TaskModel, weight_decay_groups
 from token_uncertainty import by_entropy, correlation, joined, token_columns
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
@@ -146,14 +145,7 @@ def train(name, data, budget, rate, evaluations, device, changes=None):
     """Losses along the way, the final bits per byte, tokens per second; AdamW, cosine, bfloat16 autocast."""
     training, held, held_bytes, share = data
     model = build(name, changes=changes).to(device).train()
-    matrices = {
-        n: p.ndim == 2 and not any(part in n for part in ("bias", "A_log")) for n, p in model.named_parameters()
-    }
-    decayed = [p for n, p in model.named_parameters() if matrices[n]]
-    others = [p for n, p in model.named_parameters() if not matrices[n]]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], rate, betas=(0.9, 0.95)
-    )
+    optimizer = torch.optim.AdamW(weight_decay_groups(model, 0.1), rate, betas=(0.9, 0.95))
     steps = budget // (BATCH * WINDOW)
     order = torch.cat([torch.randperm(len(training)) for _ in range(1 + steps * BATCH // len(training))])
     loss, curve, started, seconds = torch.zeros(()), [], time.perf_counter(), 0.0
@@ -220,11 +212,12 @@ def draw(result, folder):
     axes[0].set_xlabel("million tokens")
     axes[0].set_ylabel("held-out bits per byte")
     axes[0].legend(frameon=False)
-    pairs = result["models"]["kla"]["uncertainty"]["mean_loss_by_entropy"]
-    axes[1].plot([e for e, _ in pairs], [loss for _, loss in pairs], "k-o")
-    axes[1].plot([0, pairs[-1][0]], [0, pairs[-1][0]], color="0.7")
-    axes[1].set_xlabel("marginal entropy, nats")
-    axes[1].set_ylabel("loss of the same tokens, nats")
+    if "uncertainty" in rows.get("kla", {}):
+        pairs = rows["kla"]["uncertainty"]["mean_loss_by_entropy"]
+        axes[1].plot([e for e, _ in pairs], [loss for _, loss in pairs], "k-o")
+        axes[1].plot([0, pairs[-1][0]], [0, pairs[-1][0]], color="0.7")
+        axes[1].set_xlabel("marginal entropy, nats")
+        axes[1].set_ylabel("loss of the same tokens, nats")
     figure.tight_layout()
     figure.savefig(folder / "small_lm.png", dpi=150)
 
@@ -268,7 +261,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("corpus", nargs="+", type=Path)
     parser.add_argument("--tokens", type=int, default=16_000_000)
-    parser.add_argument("--models", nargs="+", default=[*OURS, *PEERS])
+    parser.add_argument("--models", nargs="+", choices=[*OURS, *PEERS], default=[*OURS, *PEERS])
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no model is begun")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -276,16 +269,16 @@ def main():
     started = time.time()
     data = Data(*prepare(options.corpus))
     print(f"{data.training.numel()} training tokens, {time.time() - started:.0f} s to prepare", flush=True)
-    path = options.output / "small_lm.json"
-    result = json.loads(path.read_text()) if path.exists() else {"models": {}, "variants": {}}
-    result |= {
-        "environment": environment(devices[0]),
+    settings = {
         "corpus": [p.name for p in options.corpus],
         "training_tokens": data.training.numel(),
         "held_out_bytes": data.held_bytes,
         "window": WINDOW,
         "batch": BATCH,
+        "budget": options.tokens,
     }
+    result = continued("small_lm", settings, options.output) or {**settings, "models": {}, "variants": {}}
+    result["environment"] = environment(devices[0])
 
     def report(key, row):
         kind, name = key
@@ -300,7 +293,7 @@ def main():
     variants = {
         ("variants", f"{name}: {label}"): (name, changes, result["models"][name]["learning_rate"])
         for name, own in VARIANTS.items()
-        if name in options.models and name in result["models"]
+        if name in options.models and "curve" in result["models"].get(name, {})
         for label, changes in {"as it is": {}, **own}.items()
         if "curve" not in result["variants"].get(f"{name}: {label}", {})
     }

@@ -152,6 +152,11 @@ def main():
     parser.add_argument("--texts", type=int, default=8, help="texts for the loss")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
+    contexts, folders = sorted(options.contexts), [pair.partition("=") for pair in options.models]
+    for name, _, folder in folders:
+        if not (folder and Path(folder).is_dir()):
+            parser.error(f"--models takes NAME=FOLDER, got {name!r} with {folder!r}, which is no folder")
+    documents = "\n\n".join(document for path in options.text for document in read_documents(path))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     result = {
         "environment": environment(device),
@@ -161,23 +166,19 @@ def main():
         "texts": options.texts,
         "models": {},
     }
-    for pair in options.models:
-        name, _, folder = pair.partition("=")
-        if not folder:
-            parser.error(f"--models takes NAME=FOLDER, got {pair!r}")
+    for name, _, folder in folders:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-        documents = "\n\n".join(document for path in options.text for document in read_documents(path))
         text = tokenizer(documents, add_special_tokens=False)["input_ids"]
-        if len(text) < options.contexts[-1]:
-            parser.error(f"--text has {len(text)} tokens, --contexts asks for {options.contexts[-1]}")
+        if len(text) < contexts[-1]:
+            parser.error(f"--text has {len(text)} tokens, --contexts asks for {contexts[-1]}")
 
         def save(row, name=name):
             result["models"][name] = row
             write("long_context", result, options.output)
 
-        measure(model, tokenizer, text, options.contexts, options.cases, options.texts, save)
+        measure(model, tokenizer, text, contexts, options.cases, options.texts, save)
         print(name, result["models"][name], flush=True)
     draw(result, options.output)
 

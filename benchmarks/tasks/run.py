@@ -10,7 +10,6 @@ matrices, 10 % warm-up and a cosine to 5 %; bfloat16 autocast. Tests are drawn a
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -21,7 +20,7 @@ from pathlib import Path
 import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-from record import RESULTS, drawing, environment, write  # noqa: E402
+from record import RESULTS, continued, drawing, environment, write  # noqa: E402
 from registry import MODELS, OURS, Cell, Size  # noqa: E402
 from runner import run_all, run_cell  # noqa: E402
 from sequences import Mad, Recall, Word  # noqa: E402
@@ -122,7 +121,7 @@ STUDIES = {"mqar": mqar, "words": words, "long-words": long_words, "mad": mad, "
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("study", choices=[*STUDIES, "all"])
-    parser.add_argument("--models", nargs="+")
+    parser.add_argument("--models", nargs="+", choices=LABELS)
     parser.add_argument("--workers", type=int, help="processes; two for each GPU, two without one")
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no cell is begun")
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -136,12 +135,10 @@ def main():
 
 def run_study(name, options, devices, workers, limit):
     """Run what `results/tasks_<name>.json` does not hold yet; it is written after every cell."""
-    study, path = STUDIES[name](), options.output / f"tasks_{name}.json"
-    result = json.loads(path.read_text()) if path.exists() else {"cells": {}}
-    notes = study_notes(STUDIES[name], study)
-    if result.get("study") != notes:
-        # Cells of other settings are no part of this study.
-        result = {"study": notes, "cells": {}}
+    study = STUDIES[name]()
+    settings = {"study": study_notes(STUDIES[name], study)}
+    # Cells of other settings are no part of this study.
+    result = continued(f"tasks_{name}", settings, options.output) or {**settings, "cells": {}}
     result |= {"environment": environment(devices[0]), "devices": len(devices), "processes": workers}
     wanted = [c for c in study.cells if not options.models or c.model in options.models]
     wanted = [c for c in wanted if "runs" not in result["cells"].get(c.key, {})]
@@ -160,19 +157,20 @@ def run_study(name, options, devices, workers, limit):
     draw(result, options.output, name)
 
 
-def curves(cells):
-    """{label: mean over seeds of the accuracy at each position} of word problems."""
-    found = {}
-    for cell in cells:
-        runs = [run["tests"]["whole"] for run in cell["runs"]]
-        found[cell["label"]] = [statistics.mean(values) for values in zip(*runs, strict=True)]
-    return found
+def done(result):
+    """Cells that were trained; others failed."""
+    return [cell for cell in result["cells"].values() if "runs" in cell]
+
+
+def along(cell):
+    """Mean over seeds of the accuracy at each position of a word problem."""
+    return [statistics.mean(values) for values in zip(*(run["tests"]["whole"] for run in cell["runs"]), strict=True)]
 
 
 def draw(result, folder, name):
     """Accuracy over pairs for each width (`mqar`), over positions for each depth (`words`): means over seeds."""
     pyplot = drawing()
-    cells = [cell for cell in result["cells"].values() if "runs" in cell]
+    cells = done(result)
     if pyplot is None or name not in ("mqar", "words") or not cells:
         return
     kind = "width" if name == "mqar" else "layers"
@@ -190,7 +188,7 @@ def draw(result, folder, name):
                 axis.set_xticks([int(p) for p in tests], list(tests))
                 axis.minorticks_off()
             else:
-                values = curves([cell])[cell["label"]]
+                values = along(cell)
                 axis.plot(range(1, len(values) + 1), values, **style)
                 axis.set(xlabel="elements of the word", title=f"{size} block{'s' if size > 1 else ''}")
         axis.grid(alpha=0.3)

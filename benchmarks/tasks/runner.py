@@ -13,17 +13,17 @@ import time
 import traceback
 
 import torch
-from registry import Cell, build, without_tuning
+from registry import Cell, build, weight_decay_groups, without_tuning
 from sequences import IGNORED, Examples
 from torch.nn import functional as F
 
-WARM = 0.1
+WARM, WEIGHT_DECAY = 0.1, 0.1
 WARM_STEPS = 3
 SOLVED = 0.999
 
 
 class Training:
-    """One model in training: `advance` takes a step; on a GPU as a graph that is captured at the first one."""
+    """One model in training: `advance` takes a step; on a GPU, once `prepare` was called, as a captured graph."""
 
     def __init__(self, cell: Cell, task, data: Examples, rate: float, seed: int):
         size, device = cell.size, data.inputs.device
@@ -33,15 +33,11 @@ class Training:
         order = torch.randperm(len(data.inputs), generator=torch.Generator().manual_seed(seed))
         self.order, self.offsets = order.to(device), torch.arange(size.batch, device=device)
         self.lr = torch.zeros((), device=device)
-        decayed, others = [], []
-        for name, parameter in self.model.named_parameters():
-            plain = parameter.ndim == 2 and not any(part in name for part in ("bias", "A_log", "embedding"))
-            (decayed if plain else others).append(parameter)
-        groups = [{"params": decayed, "weight_decay": size.decay}, {"params": others, "weight_decay": 0.0}]
+        groups = weight_decay_groups(self.model, WEIGHT_DECAY, ("bias", "A_log", "embedding"))
         cuda = device.type == "cuda"
         self.optimizer = torch.optim.AdamW(groups, self.lr, betas=(0.9, 0.98), capturable=cuda, fused=True)
         self.stream = torch.cuda.Stream(device) if cuda else None
-        self.graph, self.curve, self.seconds = None, [], 0.0
+        self.graph, self.curve = None, []
         self.loss = torch.zeros((), device=device)
 
     def _step(self):
@@ -86,10 +82,10 @@ class Training:
             self._step()
 
     @torch.no_grad()
-    def accuracy(self, test: Examples, batch=None, by_position=False):
+    def accuracy(self, test: Examples, by_position=False):
         """Share of right answers, or a list of it for each position."""
         right, asked = 0, 0
-        rows = batch or max(1, 65536 // test.inputs.shape[1])
+        rows = max(1, 65536 // test.inputs.shape[1])
         for start in range(0, len(test.inputs), rows):
             tokens, targets, positions = (None if t is None else t[start : start + rows].long() for t in test)
             with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):
@@ -103,7 +99,6 @@ class Training:
 
 def together(trainings, steps, test, every):
     """Advance all by turns until the end, or until each is solved or lost; curves of (step, accuracy, loss)."""
-    started = time.perf_counter()
     for training in trainings:
         training.prepare()
     active = list(trainings)
@@ -117,7 +112,6 @@ def together(trainings, steps, test, every):
             for training in list(active):
                 point = (step + 1, training.accuracy(test), round(training.loss.item(), 4))
                 training.curve.append(point)
-                training.seconds = time.perf_counter() - started
                 if point[1] >= SOLVED or not math.isfinite(point[2]):
                     active.remove(training)
         if not active:

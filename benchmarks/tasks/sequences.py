@@ -6,7 +6,7 @@ A task draws `Examples`; equal seeds draw equal examples on equal devices. Token
 
 import itertools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,8 +101,12 @@ class Word:
 
     group: str
     length: int
-    decoded: int = 0
-    tied: bool = False
+    decoded: ClassVar[int] = 0
+    tied: ClassVar[bool] = False
+
+    def __post_init__(self):
+        if self.group not in ("A5", "S5"):
+            raise ValueError(f"`group` is A5 or S5, got {self.group!r}.")
 
     @property
     def vocabulary(self) -> int:
@@ -132,17 +136,21 @@ class Mad:
     """
 
     task: str
-    vocabulary: int = 0
-    length: int = 128
-    tied: bool = False
+    tied: ClassVar[bool] = False
 
     def __post_init__(self):
         if self.task not in ("recall", "noisy", "fuzzy", "copy", "compress", "memorise"):
             raise ValueError(f"`task` is one of recall, noisy, fuzzy, copy, compress and memorise, got {self.task!r}.")
-        sizes = {"noisy": (32, 128), "copy": (18, 256), "compress": (17, 32), "memorise": (257, 32)}
-        vocabulary, length = sizes.get(self.task, (16, 128))
-        object.__setattr__(self, "vocabulary", vocabulary)
-        object.__setattr__(self, "length", length)
+
+    @property
+    def vocabulary(self) -> int:
+        """Symbols, requests and blanks included."""
+        return {"noisy": 32, "copy": 18, "compress": 17, "memorise": 257}.get(self.task, 16)
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence."""
+        return {"copy": 256, "compress": 32, "memorise": 32}.get(self.task, 128)
 
     @property
     def decoded(self) -> int:

@@ -4,19 +4,15 @@ import string
 
 import long_context
 import pytest
+import tiny_tokenizer
 import torch
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from hf_kalman import GKAConfig, GKAForCausalLM
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    letters = string.ascii_letters + string.digits + " .\n"
-    core = Tokenizer(models.WordLevel({letter: n for n, letter in enumerate(letters)}, unk_token="."))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"."), "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=core)
+    return tiny_tokenizer.tokenizer(string.ascii_letters + string.digits + " .\n")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,57 @@
+"""The small-language-model benchmark at toy size: search, curve, uncertainty, variants, figure, resuming."""
+
+import pytest
+import record
+import small_lm
+import torch
+from sequences import Word
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def data(monkeypatch, tmp_path):
+    for name, value in {
+        "WIDTH": 64,
+        "LAYERS": 1,
+        "VOCABULARY": 300,
+        "WINDOW": 32,
+        "BATCH": 4,
+        "PARAMETERS": 90_000,
+    }.items():
+        monkeypatch.setattr(small_lm, name, value)
+    monkeypatch.setitem(small_lm.OURS["softmax"][2], "layer_types", ["full_attention"])
+    monkeypatch.setitem(small_lm.LANGUAGE_KLA, "variance_rank", 8)
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"quick brown fox number {n} jumps over the lazy dog" for n in range(300)))
+    return small_lm.Data(*small_lm.prepare([text]))
+
+
+def test_models_of_equal_size_are_searched_and_drawn(data, monkeypatch, tmp_path):
+    monkeypatch.setattr(small_lm, "RATES", (1e-2,))
+    found = {name: small_lm.run((name, None, None), CPU, data, 8 * 128) for name in ("softmax", "kla")}
+    for row in found.values():
+        assert abs(row["parameters"] / 90_000 - 1) < 0.05
+        assert row["learning_rate"] == min(row["search"], key=row["search"].get)
+        assert row["curve"][-1] == (1024, row["held_out_bits_per_byte"])
+    assert found["kla"]["uncertainty"]["tokens"] > 0
+    for models in (found, {"softmax": found["softmax"], "gka": {"failed": "out of memory"}}):
+        small_lm.draw({"models": models}, tmp_path)
+        assert (tmp_path / "small_lm.png").exists()
+
+
+def test_a_variant_is_the_model_with_one_change(data):
+    plain, changed = (small_lm.run(("gka", fields, 1e-2), CPU, data, 8 * 128) for fields in ({}, {"use_decay": False}))
+    assert plain["tokens"] == changed["tokens"] == 256 and plain["curve"] != changed["curve"]
+
+
+def test_results_of_other_settings_are_not_gone_on_with(tmp_path):
+    assert record.continued("x", {"budget": 1}, tmp_path) == {}
+    record.write("x", {"budget": 1, "models": {"a": 2}}, tmp_path)
+    assert record.continued("x", {"budget": 1}, tmp_path)["models"] == {"a": 2}
+    assert record.continued("x", {"budget": 2}, tmp_path) == record.continued("x", {"other": 1}, tmp_path) == {}
+
+
+def test_unknown_groups_are_refused():
+    with pytest.raises(ValueError, match="group"):
+        Word("A6", 4)
