@@ -1,12 +1,12 @@
 """The Bayesian head by itself: moments against draws, where its softmax stops being valid, stability, time and memory.
 
-    python benchmarks/bayesian_head.py [--long]
+    python benchmarks/bayesian_head.py [--long] [--cuda]
 
 `relu`: largest distance of the closed-form moments from 1e6 draws, in standard errors of the draws, over t = mean /
 deviation from -8 to 8. `softmax`: error of mean and deviation over the variance of the logits. `stability`: lowest
 variance or eigenvalue along 1e4 updates (1e3 without --long), relative to the largest. `speed`: milliseconds and peak
-memory of an update, by width and outputs, in a process of its own each; `speed_cuda` the same on a GPU, if there is
-one (peak: of what its allocator gave out).
+memory of an update, by width and outputs, in a process of its own each. --cuda measures the same on a GPU and nothing
+else: `results/bayesian_head_cuda.json` (peak: of what the GPU's allocator gave out).
 """
 
 import argparse
@@ -82,12 +82,14 @@ def stability(steps):
     return rows
 
 
-def update(case, queue):
-    """Time and peak memory of one update, in a process of its own."""
-    torch.set_num_threads(1)
-    inputs, outputs, covariance, layers, device = case
+def update(case, device):
+    """Time and peak memory of one update."""
+    inputs, outputs, covariance, layers = case
     sizes = (inputs, outputs) if layers == 1 else (inputs, 2 * inputs, outputs)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     head = KalmanBayesianHead(sizes, covariance=covariance, variance=0.1 if layers == 1 else (0.0, 0.1)).to(device)
     x, label = torch.randn(inputs, device=device), torch.tensor(1, device=device)
     started = time.perf_counter()
@@ -95,11 +97,20 @@ def update(case, queue):
     first = time.perf_counter() - started
     repeats = max(3, min(20, int(5 / max(first, 1e-4))))
     figures = timed(lambda: head.filter_step(x, label), repeats=repeats, device=device)
-    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    if device == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 2**20
+    peak = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else resident() - before
     row = {"inputs": inputs, "outputs": outputs, "covariance": covariance, "layers": layers, **figures}
-    queue.put({**row, "state_mib": sum(b.nbytes for b in head.buffers()) / 2**20, "peak_mib": peak})
+    return {**row, "state_mib": sum(b.nbytes for b in head.buffers()) / 2**20, "peak_mib": peak}
+
+
+def resident():
+    """Most MiB of memory that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def apart(case, queue):
+    """`update` on one core, for a process of its own."""
+    torch.set_num_threads(1)
+    queue.put(update(case, "cpu"))
 
 
 def speed(device):
@@ -109,11 +120,14 @@ def speed(device):
     cases += [(d, v, "diagonal", 2) for d in (64, 256, 1024) for v in (2, 100)]
     context, rows = multiprocessing.get_context("spawn"), []
     for case in cases:
-        queue = context.Queue()
-        process = context.Process(target=update, args=((*case, device), queue))
-        process.start()
-        rows.append(queue.get())
-        process.join()
+        if device == "cuda":
+            rows.append(update(case, device))
+        else:
+            queue = context.Queue()
+            process = context.Process(target=apart, args=(case, queue))
+            process.start()
+            rows.append(queue.get())
+            process.join()
         print(json.dumps(rows[-1]), flush=True)
     return rows
 
@@ -144,13 +158,15 @@ def draw(result, folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--long", action="store_true")
+    parser.add_argument("--cuda", action="store_true")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
+    if options.cuda:
+        write("bayesian_head_cuda", {"environment": environment("cuda"), "speed": speed("cuda")}, options.output)
+        return
     result = {"environment": environment(), "draws": DRAWS, "relu": relu(), "softmax": softmax()}
     draw(result, options.output)
     result["speed"] = speed("cpu")
-    if torch.cuda.is_available():
-        result["device_cuda"], result["speed_cuda"] = torch.cuda.get_device_name(), speed("cuda")
     result["stability"] = stability(10_000 if options.long else 1000)
     write("bayesian_head", result, options.output)
 

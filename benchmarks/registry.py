@@ -14,29 +14,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_kalman import GKAConfig, GKAModel, KLAConfig, KLAModel
+from hf_kalman.layers import ShortConvolution
 
 HEAD = 64
 
 
 class Attention(nn.Module):
-    """Causal softmax attention with rotary positions."""
+    """The decoder's softmax attention, rotary, behind the short convolution that all other mixers have."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, layer: nn.Module, rotary: nn.Module, width: int) -> None:
         super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.o_proj = nn.Linear(width, width, bias=False)
+        self.conv = ShortConvolution(width, 4)
+        self.layer, self.rotary = layer, rotary
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(B, T, width) to the same."""
-        q, k, v = self.qkv(hidden).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        half = q.shape[-1] // 2
-        rate = 10_000.0 ** (-torch.arange(half, device=hidden.device) / half)
-        angle = torch.arange(hidden.shape[1], device=hidden.device)[:, None] * rate
-        cos, sin = angle.cos().to(q.dtype), angle.sin().to(q.dtype)
-        q, k = (torch.cat([a * cos - b * sin, a * sin + b * cos], -1) for a, b in (q.chunk(2, -1), k.chunk(2, -1)))
-        output = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.o_proj(output.transpose(1, 2).flatten(-2))
+        hidden, _ = self.conv(hidden, None, None, "auto")
+        places = self.rotary(hidden, torch.arange(hidden.shape[1], device=hidden.device)[None])
+        return self.layer(hidden, places)[0]
 
 
 class Mamba2(nn.Module):
@@ -105,29 +100,35 @@ class Peer(nn.Module):
 
 
 def _ours(config, model, width, head, layers, **fields):
-    """Mixers of a new model of ours, initialised as it initialises them."""
-    heads = max(1, width // head)
-    config = config(
-        vocab_size=8,
-        hidden_size=width,
-        intermediate_size=8,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        head_dim=head,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-        **fields,
+    """A new model of ours, initialised as it initialises itself."""
+    return model(
+        config(
+            vocab_size=8,
+            hidden_size=width,
+            intermediate_size=8,
+            num_hidden_layers=layers,
+            num_attention_heads=max(1, width // head),
+            head_dim=head,
+            pad_token_id=None,
+            bos_token_id=None,
+            eos_token_id=None,
+            **fields,
+        )
     )
-    return [layer.mixer for layer in model(config).layers]
 
 
 def _gka(width, head, layers, **fields):
-    return _ours(GKAConfig, GKAModel, width, head, layers, **{"solver": "cg", "solver_iterations": 20} | fields)
+    fields = {"solver": "cg", "solver_iterations": 20} | fields
+    return [layer.mixer for layer in _ours(GKAConfig, GKAModel, width, head, layers, **fields).layers]
 
 
 def _kla(width, head, layers, **fields):
-    return _ours(KLAConfig, KLAModel, width, head, layers, **fields)
+    return [layer.mixer for layer in _ours(KLAConfig, KLAModel, width, head, layers, **fields).layers]
+
+
+def _attention(width, head, layers, **fields):
+    model = _ours(GKAConfig, GKAModel, width, head, layers, layer_types=["full_attention"] * layers, **fields)
+    return [Attention(layer.self_attn, model.rotary_emb, width) for layer in model.layers]
 
 
 def _peers(name, told_head=True, **settings):
@@ -144,7 +145,7 @@ def _peers(name, told_head=True, **settings):
 
 
 MIXERS = {
-    "attention": lambda width, head, layers: [Attention(width, max(1, width // head)) for _ in range(layers)],
+    "attention": _attention,
     "gka": _gka,
     "kla": _kla,
     "mamba2": lambda width, head, layers: [Mamba2(width, max(1, 2 * width // head), head) for _ in range(layers)],

@@ -99,8 +99,8 @@ def recall(result):
         "gate); 1,024 symbols, tied embeddings. "
         f"{study['steps']:,} steps of {study['batch']} sequences with 4 to 128 pairs in 512 tokens; tested at 8 "
         "tokens for each pair (64 at least), so 256 pairs in 2,048 tokens are longer than anything trained on. Mean "
-        f"and standard deviation over seeds; {study['search']}. Softmax attention has no short convolution here, and "
-        "these steps are too few for it "
+        f"and standard deviation over seeds; {study['search']}. Softmax attention stands behind the short convolution "
+        "that all others have "
         f"([JSON](../benchmarks/results/tasks_mqar.json), {device(result)}, {tasks_time(result)}).\n",
         "![accuracy over pairs](../benchmarks/results/tasks_mqar.png)\n",
     ]
@@ -164,6 +164,7 @@ def ablations(result):
 def language(result):
     models = {name: row for name, row in result["models"].items() if "curve" in row}
     tokens = next(iter(models.values()))["tokens"]
+    speed = load("small_lm_speed") or {"models": {}}
     rows = [
         [
             NAMES[name],
@@ -171,7 +172,7 @@ def language(result):
             f"{next(b for t, b in row['curve'] if t >= tokens / 4):.3f}",
             f"{row['learning_rate']:g}",
             f"{row['parameters'] / 1e6:.1f} M",
-            f"{row['peak_mib'] / 1024:.1f}",
+            *cost(speed["models"].get(name, {})),
         ]
         for name, row in sorted(models.items(), key=lambda pair: pair[1]["held_out_bits_per_byte"])
     ]
@@ -179,16 +180,25 @@ def language(result):
         "## Small language models\n",
         f"{tokens / 1e6:.0f} M tokens of Wikipedia articles and passages ({result['training_tokens'] / 1e6:.1f} M "
         "different ones), byte-level BPE of 8,192 tokens, windows of 512, 8 layers of width 384, MLPs that make all "
-        "equally large, the best rate of a grid at a quarter of the budget, one seed "
-        f"([JSON](../benchmarks/results/small_lm.json), {device(result)}).\n",
+        f"equally large, {result['batch']} windows a step, the best rate of a grid at a quarter of the budget, one "
+        f"seed ([JSON](../benchmarks/results/small_lm.json), {device(result)}). Speed and memory: training steps of 64 "
+        "windows, one model after the other on a free GPU "
+        "([JSON](../benchmarks/results/small_lm_speed.json)).\n",
         "![held-out bits per byte over tokens](../benchmarks/results/small_lm.png)\n",
-        table(["", "bits/byte", "at a quarter", "rate", "parameters", "peak GiB"], rows) + "\n",
+        table(["", "bits/byte", "at a quarter", "rate", "parameters", "tokens/s", "peak GiB"], rows) + "\n",
     ]
     variants = {name: row for name, row in result["variants"].items() if "curve" in row}
     if len(variants) > 1:
         rows = [[name, f"{row['held_out_bits_per_byte']:.3f}"] for name, row in variants.items()]
         parts += ["A quarter of the budget, one change each:\n", table(["", "bits/byte"], rows) + "\n"]
     return parts
+
+
+def cost(row):
+    """Tokens per second and GiB of a model's training steps, if they were measured."""
+    if "median_ms" not in row:
+        return "", ""
+    return f"{row['tokens_per_s']:,}", f"{row['peak_mib'] / 1024:.1f}"
 
 
 def solvers(result):
@@ -220,7 +230,7 @@ def solvers(result):
 def tasks_time(result):
     """Seconds of all cells: several train at once, so this is what they held, not what passed."""
     seconds = sum(cell["seconds"] for cell in done(result))
-    return f"{seconds / 60:.0f} process-minutes, {result['processes']} at once"
+    return f"{seconds / 60:.0f} process-minutes, {result['processes'] / result['devices']:.0f} at once on a device"
 
 
 def long_context(result):

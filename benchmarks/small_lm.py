@@ -6,10 +6,10 @@
 CORPUS are files of documents separated by blank lines (`.txt` or `.txt.gz`). A byte-level BPE tokenizer of 8,192 tokens
 is trained on the training documents; every 30th is held out. Learning rates are chosen by the held-out loss of a
 quarter of the budget, from a grid that goes on while its end is best. Peers are flash-linear-attention's layers in the
-same blocks (`registry.py`), with MLPs that make all models equally large. Tokens per second are of the steps alone, the
-first left out. Results: `results/small_lm.json` and a plot of held-out bits per byte against tokens; for KLA also how
-its marginal entropy goes with the loss of the same token. Variants of GKA and KLA at a quarter of the budget, each at
-its model's rate, are in `variants`.
+same blocks (`registry.py`), with MLPs that make all models equally large. `results/small_lm.json` and a plot: held-out
+bits per byte against tokens; for KLA also how its marginal entropy goes with the loss of the same token; variants of
+GKA and KLA at a quarter of the budget, each at its model's rate. `results/small_lm_speed.json`: training steps of 64
+windows, model after model in a process of its own with nothing else on the device, kernels tuned before.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from record import RESULTS, continued, drawing, environment, write
-from registry import HEAD, MIXERS, TaskModel, weight_decay_groups
+from record import RESULTS, continued, drawing, environment, timed, write
+from registry import HEAD, MIXERS, TaskModel, weight_decay_groups, without_tuning
 from token_uncertainty import by_entropy, correlation, joined, token_columns
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
@@ -35,7 +35,8 @@ from kalman_conversion.text import read_documents
 sys.path.insert(0, str(Path(__file__).parent / "tasks"))
 from runner import run_all  # noqa: E402
 
-WIDTH, LAYERS, VOCABULARY, WINDOW, BATCH = 384, 8, 8192, 512, 64
+WIDTH, LAYERS, VOCABULARY, WINDOW, BATCH = 384, 8, 8192, 512, 16
+SPEED_BATCH, SPEED_STEPS = 64, 40
 PARAMETERS = 20_736_384
 RATES = (1e-3, 2e-3, 4e-3)
 LANGUAGE_KLA = {"value_rank": "conv", "variance_rank": WIDTH // 8, "linear_state_size": 16}
@@ -141,39 +142,35 @@ def bits_per_byte(model, held, held_bytes, share):
     return total / math.log(2) / (held_bytes * share)
 
 
+def learn(model, optimizer, batch):
+    """One step."""
+    with torch.autocast(batch.device.type, torch.bfloat16):
+        loss = model(batch, labels=batch, use_cache=False).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def train(name, data, budget, rate, evaluations, device, changes=None):
-    """Losses along the way, the final bits per byte, tokens per second; AdamW, cosine, bfloat16 autocast."""
+    """Losses along the way and the final bits per byte; AdamW, cosine, bfloat16 autocast."""
     training, held, held_bytes, share = data
     model = build(name, changes=changes).to(device).train()
     optimizer = torch.optim.AdamW(weight_decay_groups(model, 0.1), rate, betas=(0.9, 0.95))
     steps = budget // (BATCH * WINDOW)
     order = torch.cat([torch.randperm(len(training)) for _ in range(1 + steps * BATCH // len(training))])
-    loss, curve, started, seconds = torch.zeros(()), [], time.perf_counter(), 0.0
+    curve = []
     for step in range(steps):
-        if step == 1:
-            loss.item()
-            started = time.perf_counter()
         warm = min(1.0, (step + 1) / min(100, steps // 5 + 1))
         for group in optimizer.param_groups:
             group["lr"] = rate * warm * (0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))
-        batch = training[order[step * BATCH : (step + 1) * BATCH]]
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = model(batch, labels=batch, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        learn(model, optimizer, training[order[step * BATCH : (step + 1) * BATCH]])
         if (step + 1) % max(1, steps // evaluations) == 0 or step + 1 == steps:
-            loss.item()
-            seconds += time.perf_counter() - started
             curve.append(((step + 1) * BATCH * WINDOW, round(bits_per_byte(model, held, held_bytes, share), 4)))
-            started = time.perf_counter()
     return model, {
         "learning_rate": rate,
         "parameters": sum(p.numel() for p in model.parameters()),
         "tokens": steps * BATCH * WINDOW,
-        "tokens_per_s": round((steps - 1) * BATCH * WINDOW / seconds),
-        "peak_mib": round(torch.cuda.max_memory_allocated() / 2**20) if device.type == "cuda" else None,
         "held_out_bits_per_byte": curve[-1][1],
         "curve": curve,
     }
@@ -225,6 +222,8 @@ def draw(result, folder):
 def run(job, device, data, budget):
     """One model, rates searched, or one variant of a model at a known rate."""
     name, changes, rate = job
+    if device.type == "cuda":
+        without_tuning()
     if changes is not None:
         return train(name, data(device), budget // 4, rate, 4, device, changes)[1]
     data = data(device)
@@ -234,13 +233,22 @@ def run(job, device, data, budget):
         best = min(search, key=search.__getitem__)
         if rate == rates[-1] == best:
             rates.append(2 * rate)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     model, row = train(name, data, budget, best, 12, device)
     row["search"] = search
     if name == "kla":
         row["uncertainty"] = uncertainty(model, data[1])
     return row
+
+
+def speed(name, device):
+    """Milliseconds of a training step on random tokens, tokens per second, and memory at its peak."""
+    model = build(name).to(device).train()
+    optimizer = torch.optim.AdamW(weight_decay_groups(model, 0.1), 1e-3, betas=(0.9, 0.95))
+    batch = torch.randint(VOCABULARY, (SPEED_BATCH, WINDOW), device=device)
+    figures = timed(lambda: learn(model, optimizer, batch), SPEED_STEPS, warmup=5, device=device)
+    peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else None
+    rate = round(1e3 * batch.numel() / figures["median_ms"])
+    return {"windows": SPEED_BATCH, **figures, "tokens_per_s": rate, "peak_mib": peak and round(peak)}
 
 
 @dataclass
@@ -262,10 +270,21 @@ def main():
     parser.add_argument("corpus", nargs="+", type=Path)
     parser.add_argument("--tokens", type=int, default=16_000_000)
     parser.add_argument("--models", nargs="+", choices=[*OURS, *PEERS], default=[*OURS, *PEERS])
+    parser.add_argument("--workers", type=int, help="processes that train; two for each GPU, one without one")
+    parser.add_argument("--only", choices=["quality", "speed"], help="one half alone")
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no model is begun")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     devices = [f"cuda:{n}" for n in range(torch.cuda.device_count())] or ["cpu"]
+    workers = options.workers or (2 * len(devices) if devices[0] != "cpu" else 1)
+    if options.only != "speed":
+        qualities(options, devices, workers)
+    if options.only != "quality":
+        speeds(options, devices[:1])
+
+
+def qualities(options, devices, workers):
+    """Train every model, then the variants."""
     started = time.time()
     data = Data(*prepare(options.corpus))
     print(f"{data.training.numel()} training tokens, {time.time() - started:.0f} s to prepare", flush=True)
@@ -289,7 +308,7 @@ def main():
     work = partial(run, data=data, budget=options.tokens)
     wanted = [name for name in options.models if "curve" not in result["models"].get(name, {})]
     jobs = {("models", name): (name, None, None) for name in wanted}
-    run_all(jobs, work, devices, len(devices), options.limit, report)
+    run_all(jobs, work, devices, workers, options.limit, report)
     variants = {
         ("variants", f"{name}: {label}"): (name, changes, result["models"][name]["learning_rate"])
         for name, own in VARIANTS.items()
@@ -297,8 +316,20 @@ def main():
         for label, changes in {"as it is": {}, **own}.items()
         if "curve" not in result["variants"].get(f"{name}: {label}", {})
     }
-    run_all(variants, work, devices, len(devices), options.limit - (time.time() - started), report)
+    run_all(variants, work, devices, workers, options.limit - (time.time() - started), report)
     draw(result, options.output)
+
+
+def speeds(options, devices):
+    """Time every model: all at once for what has to be compiled and tuned, then one by one."""
+    jobs = {name: name for name in options.models}
+    if devices[0] != "cpu":
+        run_all(jobs, speed, devices, len(jobs), options.limit, lambda name, row: None)
+    rows = {}
+    for name in jobs:
+        run_all({name: name}, speed, devices, 1, options.limit, rows.__setitem__)
+        print(name, rows.get(name), flush=True)
+    write("small_lm_speed", {"environment": environment(devices[0]), "window": WINDOW, "models": rows}, options.output)
 
 
 if __name__ == "__main__":

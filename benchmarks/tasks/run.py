@@ -10,6 +10,7 @@ matrices, 10 % warm-up and a cosine to 5 %; bfloat16 autocast. Tests are drawn a
 """
 
 import argparse
+import os
 import statistics
 import sys
 import time
@@ -19,10 +20,12 @@ from pathlib import Path
 
 import torch
 
+# Each stream a hardware queue of its own: eight, the driver's default, run one after the other.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 from record import RESULTS, continued, drawing, environment, write  # noqa: E402
 from registry import MODELS, OURS, Cell, Size  # noqa: E402
-from runner import run_all, run_cell  # noqa: E402
+from runner import run_all, run_cells  # noqa: E402
 from sequences import Mad, Recall, Word  # noqa: E402
 
 
@@ -123,6 +126,7 @@ def main():
     parser.add_argument("study", choices=[*STUDIES, "all"])
     parser.add_argument("--models", nargs="+", choices=LABELS)
     parser.add_argument("--workers", type=int, help="processes; two for each GPU, two without one")
+    parser.add_argument("--pack", type=int, default=3, help="cells that a process trains side by side")
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no cell is begun")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -143,18 +147,29 @@ def run_study(name, options, devices, workers, limit):
     wanted = [c for c in study.cells if not options.models or c.model in options.models]
     wanted = [c for c in wanted if "runs" not in result["cells"].get(c.key, {})]
 
-    def report(key, cell):
-        result["cells"][key] = cell
+    def report(keys, cells):
+        # A process that failed as a whole tells so of the pack.
+        cells = dict.fromkeys(keys, cells) if "failed" in cells else cells
+        for key, cell in cells.items():
+            result["cells"][key] = cell
+            if "failed" in cell:
+                print(key, "failed:", cell["failed"].splitlines()[-1], flush=True)
+            else:
+                tests = {n: [run["tests"][n] for run in cell["runs"]] for n in cell["runs"][0]["tests"]}
+                brief = {n: v[0][-1] if isinstance(v[0], list) else v for n, v in tests.items()}
+                print(key, cell["rate"], brief, cell["seconds"], "s", flush=True)
         write(f"tasks_{name}", result, options.output)
-        if "failed" in cell:
-            print(key, "failed:", cell["failed"].splitlines()[-1], flush=True)
-        else:
-            tests = {n: [run["tests"][n] for run in cell["runs"]] for n in cell["runs"][0]["tests"]}
-            brief = {n: v[0][-1] if isinstance(v[0], list) else v for n, v in tests.items()}
-            print(key, cell["rate"], brief, cell["seconds"], "s", flush=True)
 
-    run_all({c.key: c for c in wanted}, partial(run_cell, study=study), devices, workers, limit, report)
+    jobs = {tuple(cell.key for cell in pack): pack for pack in packs(wanted, options.pack)}
+    run_all(jobs, partial(run_cells, study=study), devices, workers, limit, report)
     draw(result, options.output, name)
+
+
+def packs(cells, size):
+    """Cells in their order in groups of `size`, each of one task."""
+    tasks = dict.fromkeys(cell.task for cell in cells)
+    for own in ([cell for cell in cells if cell.task == task] for task in tasks):
+        yield from (tuple(own[start : start + size]) for start in range(0, len(own), size))
 
 
 def done(result):

@@ -1,8 +1,8 @@
 """Trains many small models at once: each is a CUDA graph of its step on a stream of its own, replayed side by side.
 
 A model's step picks its batch, sets its rate, and updates its weights without the host: what the host does is to
-replay. All seeds and learning rates of a cell train together. Cells are handed to worker processes, several to a
-device, and each result goes back as soon as it is there.
+replay. All seeds and learning rates of several cells train together. Packs of cells are handed to worker processes, and
+what a pack gave goes back as soon as it is there.
 """
 
 import math
@@ -11,6 +11,7 @@ import queue
 import statistics
 import time
 import traceback
+from collections.abc import Sequence
 
 import torch
 from registry import Cell, build, weight_decay_groups, without_tuning
@@ -98,26 +99,26 @@ class Training:
 
 
 def together(trainings, steps, test, every):
-    """Advance all by turns until the end, or until each is solved or lost; curves of (step, accuracy, loss)."""
-    for training in trainings:
-        training.prepare()
+    """Advance all by turns until the end, or until each is solved or lost; curves of (step, accuracy, loss).
+
+    Those that `prepare` took further than others wait for them.
+    """
     active = list(trainings)
-    done = WARM_STEPS if trainings[0].graph is not None else 0
-    for step in range(done, steps):
+    taken = {training: int(training.counter) for training in active}
+    for step in range(min(taken.values(), default=0), steps):
         for training in active:
-            training.advance()
+            if taken[training] <= step:
+                training.advance()
         if (step + 1) % every == 0 or step + 1 == steps:
-            if active[0].stream is not None:
-                torch.cuda.synchronize(active[0].device)
             for training in list(active):
+                if training.stream is not None:
+                    training.stream.synchronize()
                 point = (step + 1, training.accuracy(test), round(training.loss.item(), 4))
                 training.curve.append(point)
                 if point[1] >= SOLVED or not math.isfinite(point[2]):
                     active.remove(training)
         if not active:
             break
-    if trainings[0].stream is not None:
-        torch.cuda.synchronize(trainings[0].device)
 
 
 def packed(data: Examples) -> Examples:
@@ -126,24 +127,44 @@ def packed(data: Examples) -> Examples:
     return Examples(*(None if t is None else t.to(small) for t in data))
 
 
-def run_cell(cell: Cell, device, study) -> dict:
-    """Every seed at every rate, all side by side; tests of the rate that is best in the mean. One JSON object."""
-    size, started = cell.size, time.perf_counter()
+def run_cells(cells: Sequence[Cell], device, study) -> dict:
+    """Every seed at every rate of cells of one task, all side by side; tests of the rate that is best in the mean.
+
+    Returns {key of the cell: JSON object}; `seconds` is its share of what all took, and a cell whose model raises has
+    `failed`, the traceback.
+    """
     if device.type == "cuda":
         without_tuning()
-    task = study.tasks[cell.task]
+    task = study.tasks[cells[0].task]
     data = packed(task.training.draw(study.examples, 1, device))
     check = packed(task.training.draw(study.checks, 2, device))
-    runs = [Training(cell, task.training, data, rate, seed) for rate in size.rates for seed in range(size.seeds)]
-    together(runs, size.steps, check, max(1, size.steps // 10))
+    tests = {name: test.draw(study.checks, 3, device) for name, test in task.tests.items()}
+    runs, results, started = [], {}, time.perf_counter()
+    for cell in cells:
+        try:
+            own = [Training(cell, task.training, data, r, s) for r in cell.size.rates for s in range(cell.size.seeds)]
+            for training in own:
+                training.prepare()
+            runs.append(own)
+        except Exception:
+            results[cell.key] = {"failed": traceback.format_exc()[-1500:]}
+    steps = cells[0].size.steps
+    together([training for own in runs for training in own], steps, check, max(1, steps // 10))
+    for own in runs:
+        results[own[0].cell.key] = _summary(own, tests, task.by_position)
+    seconds = round((time.perf_counter() - started) / len(cells), 1)
+    return {key: row | {"seconds": seconds} for key, row in results.items()}
+
+
+def _summary(runs, tests, by_position):
+    cell, size = runs[0].cell, runs[0].cell.size
     reached = {rate: [t.curve[-1] for t in runs if t.rate == rate] for rate in size.rates}
     best = max(reached, key=lambda rate: statistics.mean(accuracy for _, accuracy, _ in reached[rate]))
-    tests = {name: test.draw(study.checks, 3, device) for name, test in task.tests.items()}
     tested = [
         {
             "seed": training.seed,
             "curve": training.curve,
-            "tests": {n: training.accuracy(t, by_position=task.by_position) for n, t in tests.items()},
+            "tests": {name: training.accuracy(test, by_position) for name, test in tests.items()},
         }
         for training in runs
         if training.rate == best
@@ -159,7 +180,6 @@ def run_cell(cell: Cell, device, study) -> dict:
         "rates": reached,
         "rate": best,
         "runs": tested,
-        "seconds": round(time.perf_counter() - started, 1),
     }
 
 

@@ -7,7 +7,7 @@ import run as tasks
 import torch
 from registry import MODELS, Cell, Size, build
 from run import Study, Task
-from runner import Training, packed, run_all, run_cell, together
+from runner import Training, packed, run_all, run_cells, together
 from sequences import Examples, Mad, Recall, Word
 
 from hf_kalman import GKAConfig, GKAModel, KLAConfig, KLAModel
@@ -88,7 +88,7 @@ def test_a_cell_learns_and_reports_every_seed_at_the_best_rate():
     easy = Task(Recall(16, 2, vocabulary=16), {"2": Recall(16, 2, vocabulary=16)})
     size = Size(width=32, head=16, batch=32, steps=150, rates=(1e-2, 1e-6), seeds=2)
     cell = Cell("attention", "recall", size)
-    result = run_cell(cell, CPU, Study((cell,), {"recall": easy}, 2048, 64))
+    (result,) = run_cells([cell], CPU, Study((cell,), {"recall": easy}, 2048, 64)).values()
     assert result["rate"] == 1e-2 and [run["seed"] for run in result["runs"]] == [0, 1]
     assert all(run["tests"]["2"] > 0.4 for run in result["runs"])
     assert all(accuracy < 0.3 for _, accuracy, _ in result["rates"][1e-6])
@@ -106,6 +106,24 @@ def test_accuracy_by_position_and_early_end():
     constant = Training(cell, task, packed(examples), 1e-2, 0)
     together([constant], 30, examples, 5)
     assert constant.curve[-1][1] == 1.0 and constant.curve[-1][0] < 30
+
+
+def test_a_pack_trains_each_cell_as_alone_and_outlives_a_broken_one():
+    easy = Task(Recall(16, 2, vocabulary=16), {"2": Recall(16, 2, vocabulary=16)})
+    size = Size(width=16, head=16, batch=8, steps=6, rates=(1e-2,), seeds=2)
+    cells = [Cell(model, "recall", size) for model in ("attention", "broken", "gka")]
+    study = Study(tuple(cells), {"recall": easy}, 64, 32)
+    found = run_cells(cells, CPU, study)
+    assert list(found) == ["broken/recall/16x2", "attention/recall/16x2", "gka/recall/16x2"]
+    assert "KeyError" in found["broken/recall/16x2"]["failed"]
+    (alone,) = run_cells(cells[2:], CPU, study).values()
+    assert found["gka/recall/16x2"]["runs"] == alone["runs"]
+
+
+def test_packs_hold_cells_of_one_task():
+    cells = [Cell("gka", task, Size(width=width)) for width in (16, 32, 64) for task in ("a", "b")]
+    found = [[(cell.task, cell.size.width) for cell in pack] for pack in tasks.packs(cells, 2)]
+    assert found == [[("a", 16), ("a", 32)], [("a", 64)], [("b", 16), ("b", 32)], [("b", 64)]]
 
 
 def double(job, device):
@@ -134,7 +152,7 @@ def test_a_study_goes_on_and_forgets_what_other_settings_gave(tmp_path, monkeypa
     monkeypatch.setitem(tasks.STUDIES, "mqar", small)
 
     class Options:
-        output, models = tmp_path, None
+        output, models, pack = tmp_path, None, 2
 
     tasks.run_study("mqar", Options, ["cpu"], 1, 100)
     first = json.loads((tmp_path / "tasks_mqar.json").read_text())

@@ -40,6 +40,14 @@ def test_models_of_equal_size_are_searched_and_drawn(data, monkeypatch, tmp_path
         assert (tmp_path / "small_lm.png").exists()
 
 
+def test_speed_is_of_whole_steps(data, monkeypatch):
+    monkeypatch.setattr(small_lm, "SPEED_STEPS", 3)
+    monkeypatch.setattr(small_lm, "SPEED_BATCH", 2)
+    row = small_lm.speed("gka", CPU)
+    assert row["windows"] == 2 and row["repeats"] == 3 and row["peak_mib"] is None
+    assert row["tokens_per_s"] == round(1e3 * 2 * 32 / row["median_ms"])
+
+
 def test_a_variant_is_the_model_with_one_change(data):
     plain, changed = (small_lm.run(("gka", fields, 1e-2), CPU, data, 8 * 128) for fields in ({}, {"use_decay": False}))
     assert plain["tokens"] == changed["tokens"] == 256 and plain["curve"] != changed["curve"]
