@@ -18,6 +18,7 @@ import conversion_report  # noqa: E402
 import run as tasks  # noqa: E402
 from record import RESULTS  # noqa: E402
 from run import done  # noqa: E402
+from small_lm import PEERS  # noqa: E402
 
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 # Scripts with `draw(result, folder)`, which write `<name>.json`.
@@ -32,6 +33,7 @@ DRAWN = (
     "layer_selection",
     "long_context",
     "small_lm",
+    "small_lm_64",
     "smollm2_gpu",
     "solvers",
 )
@@ -65,7 +67,8 @@ def figures(folder):
     """Draw everything; returns the files."""
     for name in DRAWN:
         if (result := load(name)) is not None:
-            importlib.import_module(name).draw(result, folder)
+            # The same script's results of another batch have a name of their own.
+            importlib.import_module(name.removesuffix("_64")).draw(result, folder)
     for study in tasks.STUDIES:
         if (result := load(f"tasks_{study}")) is not None:
             tasks.draw(result, folder, study)
@@ -74,7 +77,7 @@ def figures(folder):
 
 
 def table(head, rows):
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines = ["| " + " | ".join(map(str, head)) + " |", "|" + "---|" * len(head)]
     return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
 
 
@@ -162,36 +165,53 @@ def ablations(result):
 
 
 def language(result):
-    models = {name: row for name, row in result["models"].items() if "curve" in row}
-    tokens = next(iter(models.values()))["tokens"]
     speed = load("small_lm_speed") or {"models": {}}
-    rows = [
-        [
-            NAMES[name],
-            f"{row['held_out_bits_per_byte']:.3f}",
-            f"{next(b for t, b in row['curve'] if t >= tokens / 4):.3f}",
-            f"{row['learning_rate']:g}",
-            f"{row['parameters'] / 1e6:.1f} M",
-            *cost(speed["models"].get(name, {})),
-        ]
-        for name, row in sorted(models.items(), key=lambda pair: pair[1]["held_out_bits_per_byte"])
-    ]
+    costs = {name: cost(speed["models"].get(name, {})) for name in result["models"]}
     parts = [
         "## Small language models\n",
-        f"{tokens / 1e6:.0f} M tokens of Wikipedia articles and passages ({result['training_tokens'] / 1e6:.1f} M "
-        "different ones), byte-level BPE of 8,192 tokens, windows of 512, 8 layers of width 384, MLPs that make all "
-        f"equally large, {result['batch']} windows a step, the best rate of a grid at a quarter of the budget, one "
-        f"seed ([JSON](../benchmarks/results/small_lm.json), {device(result)}). Speed and memory: training steps of 64 "
-        "windows, one model after the other on a free GPU "
-        "([JSON](../benchmarks/results/small_lm_speed.json)).\n",
-        "![held-out bits per byte over tokens](../benchmarks/results/small_lm.png)\n",
-        table(["", "bits/byte", "at a quarter", "rate", "parameters", "tokens/s", "peak GiB"], rows) + "\n",
+        f"Wikipedia articles and passages ({result['training_tokens'] / 1e6:.1f} M different tokens), byte-level BPE "
+        "of 8,192 tokens, windows of 512, 8 layers of width 384, MLPs that make all models equally large (20.7 M "
+        "parameters), the best rate of a grid at a quarter of the budget, one seed.\n",
+        *losses(result, "small_lm", costs),
     ]
     variants = {name: row for name, row in result["variants"].items() if "curve" in row}
     if len(variants) > 1:
         rows = [[name, f"{row['held_out_bits_per_byte']:.3f}"] for name, row in variants.items()]
         parts += ["A quarter of the budget, one change each:\n", table(["", "bits/byte"], rows) + "\n"]
+    if any(any(pair) for pair in costs.values()):
+        parts.append(
+            "Speed and memory: training steps of 64 windows, one model after the other on a free GPU "
+            "([JSON](../benchmarks/results/small_lm_speed.json)).\n"
+        )
+    if (few := load("small_lm_64")) is not None:
+        parts += ["Who begins quickest, in few and large steps:\n", *losses(few, "small_lm_64", {})]
     return parts
+
+
+def losses(result, name, costs):
+    """What was trained, its curves and its table; `costs` are the columns of speed and memory, by model."""
+    models = {model: row for model, row in result["models"].items() if "curve" in row}
+    tokens = next(iter(models.values()))["tokens"]
+    costs = costs if any(any(pair) for pair in costs.values()) else {}
+    rows = [
+        [
+            NAMES[model],
+            f"{row['held_out_bits_per_byte']:.3f}",
+            f"{next(b for t, b in row['curve'] if t >= tokens / 4):.3f}",
+            f"{row['learning_rate']:g}",
+            *costs.get(model, ()),
+        ]
+        for model, row in sorted(models.items(), key=lambda pair: pair[1]["held_out_bits_per_byte"])
+    ]
+    missing = [NAMES[m] for m in ("softmax", "gka", "kla", *PEERS) if m not in models]
+    steps = tokens // (result["batch"] * result["window"])
+    return [
+        f"{tokens / 1e6:.0f} M tokens in {steps:,} steps of {result['batch']} windows "
+        f"([JSON](../benchmarks/results/{name}.json), {device(result)})"
+        + (f"; not run: {', '.join(missing)}.\n" if missing else ".\n"),
+        f"![held-out bits per byte over tokens](../benchmarks/results/{name}.png)\n",
+        table(["", "bits/byte", "at a quarter", "rate", *(["tokens/s", "peak GiB"] if costs else [])], rows) + "\n",
+    ]
 
 
 def cost(row):

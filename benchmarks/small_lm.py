@@ -1,15 +1,16 @@
 """Small language models side by side: ours, softmax attention and peers, same size, text, budget and search.
 
     pip install flash-linear-attention==0.6.0 einops
-    python benchmarks/small_lm.py CORPUS... [--tokens 16000000] [--models gka kla ...]
+    python benchmarks/small_lm.py CORPUS... [--tokens 16000000] [--batch 16] [--models gka kla ...]
 
 CORPUS are files of documents separated by blank lines (`.txt` or `.txt.gz`). A byte-level BPE tokenizer of 8,192 tokens
 is trained on the training documents; every 30th is held out. Learning rates are chosen by the held-out loss of a
 quarter of the budget, from a grid that goes on while its end is best. Peers are flash-linear-attention's layers in the
-same blocks (`registry.py`), with MLPs that make all models equally large. `results/small_lm.json` and a plot: held-out
-bits per byte against tokens; for KLA also how its marginal entropy goes with the loss of the same token; variants of
-GKA and KLA at a quarter of the budget, each at its model's rate. `results/small_lm_speed.json`: training steps of 64
-windows, model after model in a process of its own with nothing else on the device, kernels tuned before.
+same blocks (`registry.py`), with MLPs that make all models equally large. `results/small_lm.json` (of other windows a
+step: `small_lm_64.json`) and a plot: held-out bits per byte against tokens; for KLA also how its marginal entropy goes
+with the loss of the same token; variants of GKA and KLA at a quarter of the budget, each at its model's rate.
+`results/small_lm_speed.json`: training steps of 64 windows, model after model in a process of its own with nothing else
+on the device, kernels tuned before.
 """
 
 import argparse
@@ -152,25 +153,26 @@ def learn(model, optimizer, batch):
     optimizer.zero_grad()
 
 
-def train(name, data, budget, rate, evaluations, device, changes=None):
+def train(name, data, budget, rate, evaluations, device, changes=None, size=None):
     """Losses along the way and the final bits per byte; AdamW, cosine, bfloat16 autocast."""
     training, held, held_bytes, share = data
     model = build(name, changes=changes).to(device).train()
     optimizer = torch.optim.AdamW(weight_decay_groups(model, 0.1), rate, betas=(0.9, 0.95))
-    steps = budget // (BATCH * WINDOW)
-    order = torch.cat([torch.randperm(len(training)) for _ in range(1 + steps * BATCH // len(training))])
+    size = size or BATCH
+    steps = budget // (size * WINDOW)
+    order = torch.cat([torch.randperm(len(training)) for _ in range(1 + steps * size // len(training))])
     curve = []
     for step in range(steps):
         warm = min(1.0, (step + 1) / min(100, steps // 5 + 1))
         for group in optimizer.param_groups:
             group["lr"] = rate * warm * (0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))
-        learn(model, optimizer, training[order[step * BATCH : (step + 1) * BATCH]])
+        learn(model, optimizer, training[order[step * size : (step + 1) * size]])
         if (step + 1) % max(1, steps // evaluations) == 0 or step + 1 == steps:
-            curve.append(((step + 1) * BATCH * WINDOW, round(bits_per_byte(model, held, held_bytes, share), 4)))
+            curve.append(((step + 1) * size * WINDOW, round(bits_per_byte(model, held, held_bytes, share), 4)))
     return model, {
         "learning_rate": rate,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "tokens": steps * BATCH * WINDOW,
+        "tokens": steps * size * WINDOW,
         "held_out_bits_per_byte": curve[-1][1],
         "curve": curve,
     }
@@ -196,6 +198,11 @@ def uncertainty(model, held, samples=8):
     }
 
 
+def file_name(batch):
+    """Results of other windows a step stand beside those of `BATCH`."""
+    return "small_lm" if batch == BATCH else f"small_lm_{batch}"
+
+
 def draw(result, folder):
     """Held-out bits per byte over tokens; loss over KLA's marginal entropy."""
     pyplot = drawing()
@@ -216,24 +223,25 @@ def draw(result, folder):
         axes[1].set_xlabel("marginal entropy, nats")
         axes[1].set_ylabel("loss of the same tokens, nats")
     figure.tight_layout()
-    figure.savefig(folder / "small_lm.png", dpi=150)
+    figure.savefig(folder / f"{file_name(result['batch'])}.png", dpi=150)
+    pyplot.close(figure)
 
 
-def run(job, device, data, budget):
+def run(job, device, data, budget, size=None):
     """One model, rates searched, or one variant of a model at a known rate."""
     name, changes, rate = job
     if device.type == "cuda":
         without_tuning()
     if changes is not None:
-        return train(name, data(device), budget // 4, rate, 4, device, changes)[1]
+        return train(name, data(device), budget // 4, rate, 4, device, changes, size)[1]
     data = data(device)
     rates, search = list(RATES), {}
     for rate in rates:
-        search[rate] = train(name, data, budget // 4, rate, 1, device)[1]["held_out_bits_per_byte"]
+        search[rate] = train(name, data, budget // 4, rate, 1, device, size=size)[1]["held_out_bits_per_byte"]
         best = min(search, key=search.__getitem__)
         if rate == rates[-1] == best:
             rates.append(2 * rate)
-    model, row = train(name, data, budget, best, 12, device)
+    model, row = train(name, data, budget, best, 12, device, size=size)
     row["search"] = search
     if name == "kla":
         row["uncertainty"] = uncertainty(model, data[1])
@@ -269,6 +277,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("corpus", nargs="+", type=Path)
     parser.add_argument("--tokens", type=int, default=16_000_000)
+    parser.add_argument("--batch", type=int, default=BATCH, help="windows a step")
     parser.add_argument("--models", nargs="+", choices=[*OURS, *PEERS], default=[*OURS, *PEERS])
     parser.add_argument("--workers", type=int, help="processes that train; two for each GPU, one without one")
     parser.add_argument("--only", choices=["quality", "speed"], help="one half alone")
@@ -293,28 +302,29 @@ def qualities(options, devices, workers):
         "training_tokens": data.training.numel(),
         "held_out_bytes": data.held_bytes,
         "window": WINDOW,
-        "batch": BATCH,
+        "batch": options.batch,
         "budget": options.tokens,
     }
-    result = continued("small_lm", settings, options.output) or {**settings, "models": {}, "variants": {}}
+    name = file_name(options.batch)
+    result = continued(name, settings, options.output) or {**settings, "models": {}, "variants": {}}
     result["environment"] = environment(devices[0])
 
     def report(key, row):
-        kind, name = key
-        result[kind][name] = row
-        print(name, {k: v for k, v in row.items() if k not in ("curve", "uncertainty")}, flush=True)
-        write("small_lm", result, options.output)
+        kind, label = key
+        result[kind][label] = row
+        print(label, {k: v for k, v in row.items() if k not in ("curve", "uncertainty")}, flush=True)
+        write(name, result, options.output)
 
-    work = partial(run, data=data, budget=options.tokens)
-    wanted = [name for name in options.models if "curve" not in result["models"].get(name, {})]
-    jobs = {("models", name): (name, None, None) for name in wanted}
+    work = partial(run, data=data, budget=options.tokens, size=options.batch)
+    wanted = [model for model in options.models if "curve" not in result["models"].get(model, {})]
+    jobs = {("models", model): (model, None, None) for model in wanted}
     run_all(jobs, work, devices, workers, options.limit, report)
     variants = {
-        ("variants", f"{name}: {label}"): (name, changes, result["models"][name]["learning_rate"])
-        for name, own in VARIANTS.items()
-        if name in options.models and "curve" in result["models"].get(name, {})
+        ("variants", f"{model}: {label}"): (model, changes, result["models"][model]["learning_rate"])
+        for model, own in VARIANTS.items()
+        if model in options.models and "curve" in result["models"].get(model, {})
         for label, changes in {"as it is": {}, **own}.items()
-        if "curve" not in result["variants"].get(f"{name}: {label}", {})
+        if "curve" not in result["variants"].get(f"{model}: {label}", {})
     }
     run_all(variants, work, devices, workers, options.limit - (time.time() - started), report)
     draw(result, options.output)
