@@ -36,7 +36,7 @@ def test_models_of_equal_size_are_searched_and_drawn(data, monkeypatch, tmp_path
         assert row["curve"][-1] == (1024, row["held_out_bits_per_byte"])
     assert found["kla"]["uncertainty"]["tokens"] > 0
     for models in (found, {"softmax": found["softmax"], "gka": {"failed": "out of memory"}}):
-        small_lm.draw({"models": models}, tmp_path)
+        small_lm.draw({"models": models, "batch": small_lm.BATCH}, tmp_path)
         assert (tmp_path / "small_lm.png").exists()
 
 
@@ -58,6 +58,14 @@ def test_results_of_other_settings_are_not_gone_on_with(tmp_path):
     record.write("x", {"budget": 1, "models": {"a": 2}}, tmp_path)
     assert record.continued("x", {"budget": 1}, tmp_path)["models"] == {"a": 2}
     assert record.continued("x", {"budget": 2}, tmp_path) == record.continued("x", {"other": 1}, tmp_path) == {}
+
+
+def test_other_batches_take_as_many_tokens_and_have_files_of_their_own(data, tmp_path):
+    row = small_lm.run(("softmax", {}, 1e-2), CPU, data, 8 * 128, size=2)
+    assert row["tokens"] == 256 and row["curve"][0] == (64, row["curve"][0][1])
+    assert small_lm.file_name(small_lm.BATCH) == "small_lm" and small_lm.file_name(64) == "small_lm_64"
+    small_lm.draw({"models": {"softmax": row}, "batch": 64}, tmp_path)
+    assert [path.name for path in tmp_path.glob("*.png")] == ["small_lm_64.png"]
 
 
 def test_unknown_groups_are_refused():
