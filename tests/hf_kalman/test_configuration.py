@@ -33,6 +33,7 @@ def test_round_trip(tmp_path):
         ({"linear_conv_kernel_dim": 0}, "`linear_conv_kernel_dim` must be >= 1"),
         ({"solver_iterations": -1}, "`solver_iterations` must be >= 0"),
         ({"ridge_ratio": 0.0}, "`ridge_ratio` must be > 0"),
+        ({"output_initializer_factor": -0.1}, "`output_initializer_factor` must be >= 0, got -0.1"),
         ({"linear_kv_rank": 0}, "`linear_kv_rank` must be >= 1"),
         ({"linear_kv_residual": True}, "`linear_kv_residual` needs `linear_kv_rank`"),
         ({"solver": "newton"}, "solver"),

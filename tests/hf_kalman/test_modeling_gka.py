@@ -124,6 +124,22 @@ def test_default_initialisation_of_decays():
     assert step.min() > 9e-4 and step.max() < 0.11
 
 
+@pytest.mark.parametrize("factor", [0, 0.1, 1])
+def test_what_leaves_a_mixer_starts_small(factor):
+    model = tiny_model(PURE, hidden_size=256, use_local_values=True, output_initializer_factor=factor)
+    mixer = model.model.layers[0].mixer
+    for weight in (mixer.o_proj.weight, mixer.local_proj.weight):
+        assert weight.std().item() == pytest.approx(0.1 * factor, rel=0.05)
+    assert mixer.q_proj.weight.std().item() == pytest.approx(0.1, rel=0.05)
+
+
+def test_loaded_outputs_are_not_started_anew(tmp_path):
+    model = tiny_model(PURE, output_initializer_factor=1)
+    model.save_pretrained(tmp_path)
+    again = GKAForCausalLM.from_pretrained(tmp_path, output_initializer_factor=0.1)
+    assert torch.equal(again.model.layers[0].mixer.o_proj.weight, model.model.layers[0].mixer.o_proj.weight)
+
+
 @pytest.mark.parametrize("kinds", [PURE, HYBRID, OPENING], ids=len)
 @pytest.mark.parametrize("solver", ["chebyshev", "cg", "exact"])
 def test_implementations_agree(kinds, solver):

@@ -32,7 +32,7 @@ PURES, HYBRIDS = {"gka": PURE, "kla": KLA_PURE}, {"gka": HYBRID, "kla": KLA_HYBR
 def tiny_config(layer_types=HYBRID, **fields):
     family = getattr(layer_types, "family", "gka")
     own = {
-        "gka": {"solver": "cg", "solver_iterations": 12},
+        "gka": {"solver": "cg", "solver_iterations": 12, "output_initializer_factor": 1},
         "kla": {"linear_state_size": 5, "dt_min": 0.05, "dt_max": 0.5},
     }
     return {"gka": GKAConfig, "kla": KLAConfig}[family](

@@ -47,6 +47,9 @@ class GKAConfig(DecoderConfig):
         use_input_gate: learned factor on keys and values, per head.
         use_output_gate: SiLU gate on the normalised read-out.
         scale_output: read-out times `linear_key_head_dim ** -0.5`.
+        output_initializer_factor: what leaves a mixer (`o_proj`, `local_proj`) starts from N(0, (factor *
+            `initializer_range`)^2). At 1 the read-out's noise drowns the embeddings in the residual stream, and
+            training from scratch stands still at first.
         linear_kv_rank: rank of the learned expansion of key and value heads to query heads; none when None.
         linear_kv_residual: whether the residual of that expansion is a learned mixture of heads.
         solver: how the ridge regression is solved: "chebyshev" (the published polynomial), "cg", "exact".
@@ -84,6 +87,7 @@ class GKAConfig(DecoderConfig):
     use_input_gate: bool = True
     use_output_gate: bool = True
     scale_output: bool = True
+    output_initializer_factor: float | int = 0.1
     linear_kv_rank: int | None = None
     linear_kv_residual: bool = False
     solver: Literal["chebyshev", "cg", "exact"] = "chebyshev"
@@ -138,6 +142,8 @@ class GKAConfig(DecoderConfig):
         check_tolerance(self.solver_tolerance, self.solver)
         if not self.ridge_ratio > 0:
             raise ValueError(f"`ridge_ratio` must be > 0, got {self.ridge_ratio}.")
+        if not self.output_initializer_factor >= 0:
+            raise ValueError(f"`output_initializer_factor` must be >= 0, got {self.output_initializer_factor}.")
         if self.linear_kv_rank is not None and self.linear_kv_rank < 1:
             raise ValueError(f"`linear_kv_rank` must be >= 1 or None, got {self.linear_kv_rank}.")
         if self.linear_kv_residual and self.linear_kv_rank is None:

@@ -132,8 +132,11 @@ class GKAMixer(nn.Module):
         self._add_expansion(config)
         self.o_norm = MixerNorm(value_dim, config.rms_norm_eps)
         self.o_proj = nn.Linear(heads * value_dim, width, bias=config.attention_output_bias)
+        # For `_init_weights`, which the host does not call for modules without parameters of their own, like this one.
+        self.o_proj.leaves_mixer = True
         if config.use_local_values:
             self.local_proj = nn.Linear(config.linear_conv_kernel_dim * self.v_proj.out_features, width, bias=False)
+            self.local_proj.leaves_mixer = True
 
     def _add_expansion(self, config: GKAConfig) -> None:
         """Learned expansion of key and value heads to all heads, where the configuration asks for one."""
@@ -418,6 +421,8 @@ class GKAPreTrainedModel(DecoderPreTrainedModel):
             init.copy_(module.dt_bias, inverse_softplus(step))
         elif isinstance(module, GKAMixer):
             self._init_expansion(module)
+        elif getattr(module, "leaves_mixer", False):
+            init.normal_(module.weight, std=self.config.output_initializer_factor * self.config.initializer_range)
 
     @staticmethod
     def _init_expansion(mixer: GKAMixer) -> None:

@@ -1,0 +1,124 @@
+"""How small what leaves a mixer should start when GKA is trained from scratch: `output_initializer_factor`.
+
+    python benchmarks/output_start.py CORPUS...
+
+Models of 4 layers of width 192 learn the same 300 thousand tokens (150 steps of 8 windows of 256, AdamW at 2e-3, cosine,
+float32, the tokenizer of `small_lm.py`) on a CPU; softmax attention and KLA beside them. `noise`: root mean square of
+what the first mixer adds to the residual stream before training, over that of the embeddings. Results:
+`results/output_start.json`, held-out bits per byte along the way, two seeds. Minutes: 25 on two cores.
+"""
+
+import argparse
+import math
+from functools import partial
+from pathlib import Path
+
+import small_lm
+import torch
+from record import RESULTS, environment, write
+from registry import weight_decay_groups
+
+from hf_kalman import GKAConfig, GKAForCausalLM, KLAConfig, KLAForCausalLM
+
+small_lm.sys.path.insert(0, str(Path(__file__).parent / "tasks"))
+from runner import run_all  # noqa: E402
+
+WIDTH, LAYERS, WINDOW, BATCH, STEPS, RATE, SEEDS, HELD = 192, 4, 256, 8, 150, 2e-3, 2, 32
+FACTORS = (1.0, 0.3, 0.1, 0.03, 0.0)
+MODELS = {
+    "softmax attention": (GKAConfig, GKAForCausalLM, {"layer_types": ["full_attention"] * LAYERS}),
+    "kla": (KLAConfig, KLAForCausalLM, {"value_rank": "conv", "variance_rank": WIDTH // 8}),
+    **{
+        f"gka, {factor:g}": (
+            GKAConfig,
+            GKAForCausalLM,
+            {"solver": "cg", "solver_iterations": 20, "output_initializer_factor": factor},
+        )
+        for factor in FACTORS
+    },
+}
+
+
+def build(name, seed):
+    config, model, fields = MODELS[name]
+    torch.manual_seed(seed)
+    return model(
+        config(
+            vocab_size=small_lm.VOCABULARY,
+            hidden_size=WIDTH,
+            intermediate_size=2 * WIDTH,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=WIDTH // small_lm.HEAD,
+            max_position_embeddings=WINDOW,
+            tie_word_embeddings=True,
+            pad_token_id=0,
+            bos_token_id=0,
+            eos_token_id=0,
+            **fields,
+        )
+    )
+
+
+@torch.no_grad()
+def noise(model, batch):
+    """Size of the first mixer's output over that of the embeddings."""
+    outputs = {}
+    layer = model.model.layers[0]
+    mixer = getattr(layer, "mixer", None) or layer.self_attn
+    handle = mixer.register_forward_hook(lambda module, inputs, output: outputs.update(mixer=output))
+    model(batch, use_cache=False)
+    handle.remove()
+    output = outputs["mixer"][0] if isinstance(outputs["mixer"], tuple) else outputs["mixer"]
+    return (output.square().mean().sqrt() / model.model.embed_tokens.weight.square().mean().sqrt()).item()
+
+
+@torch.no_grad()
+def bits(model, held, per_token):
+    """Held-out bits per byte; `per_token` bytes."""
+    loss = sum(model(batch, labels=batch, use_cache=False).loss.item() for batch in held.split(BATCH))
+    return round(loss / (len(held) / BATCH) / math.log(2) / per_token, 4)
+
+
+def train(job, device, training, held, per_token):
+    """One model from one seed."""
+    name, seed = job
+    model = build(name, seed)
+    row = {"noise": noise(model, held[:2]), "parameters": sum(p.numel() for p in model.parameters()), "curve": []}
+    optimizer = torch.optim.AdamW(weight_decay_groups(model, 0.1), RATE, betas=(0.9, 0.95))
+    order = torch.randperm(len(training), generator=torch.Generator().manual_seed(seed))
+    for step in range(STEPS):
+        scale = min(1.0, (step + 1) / 30) * (0.1 + 0.45 * (1 + math.cos(math.pi * step / STEPS)))
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * scale
+        batch = training[order[step * BATCH : (step + 1) * BATCH]]
+        model(batch, labels=batch, use_cache=False).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % 25 == 0:
+            row["curve"].append((step + 1, bits(model, held, per_token)))
+    return row
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("corpus", nargs="+", type=Path)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    tokens, held, held_bytes = small_lm.prepare(options.corpus)
+    windows = [t[: len(t) // WINDOW * WINDOW].view(-1, WINDOW).long() for t in (tokens, held)]
+    result = {"environment": environment(), "corpus": [p.name for p in options.corpus], "models": {}}
+
+    def report(key, row):
+        name, _, seed = key.rpartition(" ")
+        result["models"].setdefault(name, {})[seed] = row
+        print(key, row, flush=True)
+        write("output_start", result, options.output)
+
+    work = partial(train, training=windows[0], held=windows[1][:HELD], per_token=held_bytes / len(held))
+    jobs = {f"{name} {seed}": (name, seed) for seed in range(SEEDS) for name in MODELS}
+    run_all(jobs, work, ["cpu"], 2, 1e9, report)
+
+
+if __name__ == "__main__":
+    main()
