@@ -118,7 +118,7 @@ def _ours(config, model, width, head, layers, **fields):
 
 
 def _gka(width, head, layers, **fields):
-    fields = {"solver": "cg", "solver_iterations": 20} | fields
+    fields = {"solver": "cg", "solver_iterations": 20, "output_initializer_factor": 1.0} | fields
     return [layer.mixer for layer in _ours(GKAConfig, GKAModel, width, head, layers, **fields).layers]
 
 
@@ -181,6 +181,8 @@ class Block(nn.Module):
 
 class TaskModel(nn.Module):
     """Embedding, blocks, norm, head; linear maps start from N(0, 0.02^2), what mixers start specially stays.
+
+    GKA's output projections start as wide as those of all others here, not small.
 
     `decoded` positions > 0: the task is compression; all of them are read off the last hidden state alone, each by
     a two-layer network that is told the position.

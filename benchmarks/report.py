@@ -164,6 +164,49 @@ def ablations(result):
     ]
 
 
+def iterations(result):
+    cells = done(result)
+    numbers = list(cells[0]["runs"][0]["at_inference"])
+    rows = [
+        [
+            cell["fields"]["solver_iterations"],
+            *(spread([run["at_inference"][n]["32"] for run in cell["runs"]]) for n in numbers),
+        ]
+        for cell in cells
+    ]
+    return [
+        "### Iterations in training and at inference\n",
+        "GKA with the published polynomial, two layers of width 64, 32 pairs in 128 tokens, two seeds; rows: "
+        "iterations in training, columns: at inference "
+        f"([JSON](../benchmarks/results/tasks_iterations.json), {device(result)}).\n",
+        table(["%", *numbers], rows) + "\n",
+    ]
+
+
+def starts(result):
+    """How the first tokens of training from scratch go by the start of the output projections."""
+    names = list(result["models"])
+    steps = [step for step, _ in result["models"][names[0]]["0"]["curve"]]
+    rows = [
+        [
+            name,
+            f"{statistics.mean(run['noise'] for run in runs.values()):.2f}",
+            *(f"{statistics.mean(dict(run['curve'])[step] for run in runs.values()):.2f}" for step in steps),
+        ]
+        for name, runs in result["models"].items()
+    ]
+    rows.sort(key=lambda row: row[-1])
+    return [
+        "### How small the outputs of mixers should start\n",
+        "Bits per byte along the first 150 steps of 2,048 tokens, 3 M parameters, two seeds; the number behind GKA is "
+        "`output_initializer_factor`, and noise what the first mixer adds to the residual stream before training, over "
+        "the size of the embeddings "
+        f"([JSON](../benchmarks/results/output_start.json), {device(result)}). The models above start with a factor of "
+        "1, as their peers do.\n",
+        table(["", "noise", *(f"{step} steps" for step in steps)], rows) + "\n",
+    ]
+
+
 def language(result):
     speed = load("small_lm_speed") or {"models": {}}
     costs = {name: cost(speed["models"].get(name, {})) for name in result["models"]}
@@ -272,9 +315,11 @@ def long_context(result):
 SECTIONS = (
     ("tasks_mqar", recall),
     ("tasks_ablations", ablations),
+    ("tasks_iterations", iterations),
     ("tasks_words", words),
     ("tasks_mad", mad),
     ("small_lm", language),
+    ("output_start", starts),
     ("long_context", long_context),
     ("solvers", solvers),
 )

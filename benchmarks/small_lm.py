@@ -43,7 +43,12 @@ RATES = (1e-3, 2e-3, 4e-3)
 LANGUAGE_KLA = {"value_rank": "conv", "variance_rank": WIDTH // 8, "linear_state_size": 16}
 OURS = {
     "softmax": (GKAConfig, GKAForCausalLM, {"layer_types": ["full_attention"] * LAYERS}),
-    "gka": (GKAConfig, GKAForCausalLM, {"solver": "cg", "solver_iterations": 20}),
+    "gka": (
+        GKAConfig,
+        GKAForCausalLM,
+        # Its output projections start as wide as those of all others here.
+        {"solver": "cg", "solver_iterations": 20, "output_initializer_factor": 1.0},
+    ),
     "kla": (KLAConfig, KLAForCausalLM, LANGUAGE_KLA),
 }
 PEERS = ("mamba2", "gla", "delta_net", "gated_delta_net", "mesa_net")
@@ -54,6 +59,7 @@ VARIANTS = {
         "no input gate": {"use_input_gate": False},
         "no output gate": {"use_output_gate": False},
         "with local values": {"use_local_values": True},
+        "outputs start small": {"output_initializer_factor": 0.03},
         **{f"ridge ratio {ratio}": {"ridge_ratio": ratio} for ratio in (0.005, 0.05, 0.2)},
         **{f"{number} iterations": {"solver_iterations": number} for number in (0, 2, 5, 10)},
     },

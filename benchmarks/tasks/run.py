@@ -1,7 +1,7 @@
 """Recall, state tracking and the MAD suite: GKA and KLA beside softmax attention and flash-linear-attention's layers.
 
     pip install flash-linear-attention==0.6.0 einops
-    python benchmarks/tasks/run.py mqar|words|long-words|mad|ablations|all [--models gka kla ...] [--limit 600]
+    python benchmarks/tasks/run.py mqar|words|long-words|mad|ablations|iterations|all [--models gka ...] [--limit 600]
 
 On GPUs (all that are visible) many models train at once, see `runner.py`. Results: `results/tasks_<study>.json`, one
 object for each cell with the rates tried, every seed's curve and tests; cells that it holds already are not run again.
@@ -40,12 +40,16 @@ class Task:
 
 @dataclass(frozen=True)
 class Study:
-    """Cells, their tasks, how many examples training goes over, and how many a check or test has."""
+    """Cells, their tasks, how many examples training goes over, and how many a check or test has.
+
+    `at_inference`: solver iterations of GKA with which every test is made once more.
+    """
 
     cells: tuple
     tasks: dict
     examples: int
     checks: int
+    at_inference: tuple = ()
 
 
 PAIRS = (4, 8, 16, 32, 64, 128, 256)
@@ -118,7 +122,33 @@ def ablations():
     return Study(cells, {"mqar": RECALL}, 65536, 512)
 
 
-STUDIES = {"mqar": mqar, "words": words, "long-words": long_words, "mad": mad, "ablations": ablations}
+ITERATIONS = (0, 1, 2, 5, 10, 20, 30)
+
+
+def iterations():
+    """GKA's Chebyshev iterations in training and at inference: recall of 32 pairs in 128 tokens; small, for a CPU."""
+    task = Task(Recall(128, 32, vocabulary=256, mixed=True), {"32": Recall(128, 32, vocabulary=256)})
+    fields = {**BARE["gka"], "solver": "chebyshev"}
+    cells = tuple(
+        Cell(
+            "gka",
+            "recall",
+            Size(width=64, steps=1500, rates=(3e-3,), seeds=2, fields={**fields, "solver_iterations": n}),
+            f"gka: {n} iterations",
+        )
+        for n in ITERATIONS
+    )
+    return Study(cells, {"recall": task}, 32768, 512, ITERATIONS)
+
+
+STUDIES = {
+    "mqar": mqar,
+    "words": words,
+    "long-words": long_words,
+    "mad": mad,
+    "ablations": ablations,
+    "iterations": iterations,
+}
 
 
 def main():

@@ -151,12 +151,12 @@ def run_cells(cells: Sequence[Cell], device, study) -> dict:
     steps = cells[0].size.steps
     together([training for own in runs for training in own], steps, check, max(1, steps // 10))
     for own in runs:
-        results[own[0].cell.key] = _summary(own, tests, task.by_position)
+        results[own[0].cell.key] = _summary(own, tests, task.by_position, study.at_inference)
     seconds = round((time.perf_counter() - started) / len(cells), 1)
     return {key: row | {"seconds": seconds} for key, row in results.items()}
 
 
-def _summary(runs, tests, by_position):
+def _summary(runs, tests, by_position, at_inference):
     cell, size = runs[0].cell, runs[0].cell.size
     reached = {rate: [t.curve[-1] for t in runs if t.rate == rate] for rate in size.rates}
     best = max(reached, key=lambda rate: statistics.mean(accuracy for _, accuracy, _ in reached[rate]))
@@ -165,6 +165,7 @@ def _summary(runs, tests, by_position):
             "seed": training.seed,
             "curve": training.curve,
             "tests": {name: training.accuracy(test, by_position) for name, test in tests.items()},
+            **({"at_inference": _with_iterations(training, tests, at_inference)} if at_inference else {}),
         }
         for training in runs
         if training.rate == best
@@ -181,6 +182,19 @@ def _summary(runs, tests, by_position):
         "rate": best,
         "runs": tested,
     }
+
+
+def _with_iterations(training, tests, numbers):
+    """{solver iterations: {test: accuracy}}; the training's own are set again."""
+    configs = [block.mixer.config for block in training.model.blocks]
+    own, found = [config.solver_iterations for config in configs], {}
+    for number in numbers:
+        for config in configs:
+            config.solver_iterations = number
+        found[number] = {name: training.accuracy(test) for name, test in tests.items()}
+    for config, number in zip(configs, own, strict=True):
+        config.solver_iterations = number
+    return found
 
 
 def _serve(device, jobs, results, work, limit):

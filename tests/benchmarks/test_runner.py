@@ -33,7 +33,7 @@ def test_models_are_causal_and_start_from_their_seed(model):
 
 @pytest.mark.parametrize(("name", "config", "model"), [("gka", GKAConfig, GKAModel), ("kla", KLAConfig, KLAModel)])
 def test_our_mixers_start_as_the_package_starts_them(name, config, model):
-    fields = {"linear_state_size": 4} if name == "kla" else {}
+    fields = {"linear_state_size": 4} if name == "kla" else {"output_initializer_factor": 0.3}
     net = build(Cell(name, "recall", Size(width=32, head=16, layers=1, fields=fields)), TASK, 3)
     torch.manual_seed(3)
     whole = model(
@@ -118,6 +118,15 @@ def test_a_pack_trains_each_cell_as_alone_and_outlives_a_broken_one():
     assert "KeyError" in found["broken/recall/16x2"]["failed"]
     (alone,) = run_cells(cells[2:], CPU, study).values()
     assert found["gka/recall/16x2"]["runs"] == alone["runs"]
+
+
+def test_iterations_at_inference_are_those_asked_for():
+    easy = Task(Recall(16, 2, vocabulary=16), {"2": Recall(16, 2, vocabulary=16)})
+    size = Size(width=16, head=16, batch=32, steps=60, rates=(1e-2,), seeds=1, fields={"solver_iterations": 5})
+    cell = Cell("gka", "recall", size)
+    (found,) = run_cells([cell], CPU, Study((cell,), {"recall": easy}, 256, 256, (0, 5))).values()
+    (run,) = found["runs"]
+    assert run["at_inference"][5] == run["tests"] != run["at_inference"][0]
 
 
 def test_packs_hold_cells_of_one_task():

@@ -87,7 +87,7 @@ class GKAConfig(DecoderConfig):
     use_input_gate: bool = True
     use_output_gate: bool = True
     scale_output: bool = True
-    output_initializer_factor: float | int = 0.1
+    output_initializer_factor: float | int = 0.03
     linear_kv_rank: int | None = None
     linear_kv_residual: bool = False
     solver: Literal["chebyshev", "cg", "exact"] = "chebyshev"
