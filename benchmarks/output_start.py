@@ -11,6 +11,7 @@ cores.
 
 import argparse
 import math
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from registry import weight_decay_groups
 
 from hf_kalman import GKAConfig, GKAForCausalLM, KLAConfig, KLAForCausalLM
 
-small_lm.sys.path.insert(0, str(Path(__file__).parent / "tasks"))
+sys.path.insert(0, str(Path(__file__).parent / "tasks"))
 from runner import run_all  # noqa: E402
 
 WIDTH, LAYERS, WINDOW, BATCH, STEPS, RATE, SEEDS, HELD = 192, 4, 256, 8, 150, 2e-3, 2, 32

@@ -126,7 +126,7 @@ ITERATIONS = (0, 1, 2, 5, 10, 20, 30)
 
 
 def iterations():
-    """GKA's Chebyshev iterations in training and at inference: recall of 32 pairs in 128 tokens; small, for a CPU."""
+    """GKA's Chebyshev iterations in training and at inference: recall of 32 pairs in 128 tokens."""
     task = Task(Recall(128, 32, vocabulary=256, mixed=True), {"32": Recall(128, 32, vocabulary=256)})
     fields = {**BARE["gka"], "solver": "chebyshev"}
     cells = tuple(
