@@ -7,8 +7,11 @@ what a pack gave goes back as soon as it is there.
 
 import math
 import multiprocessing
+import multiprocessing.connection
+import os
 import queue
 import statistics
+import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -197,7 +200,14 @@ def _with_iterations(training, tests, numbers):
     return found
 
 
+def _end_with_parent():
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
 def _serve(device, jobs, results, work, limit):
+    # A parent that was killed leaves nobody to train for.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     else:

@@ -1,6 +1,10 @@
 """The harness of the synthetic tasks: it trains what it says, resumes, and tells of what failed."""
 
 import json
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import run as tasks
@@ -148,6 +152,37 @@ def test_jobs_are_spread_and_failures_are_told():
     found.clear()
     run_all({"a": 1}, double, ["cpu"], 1, -1, found.__setitem__)
     assert found == {}
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
+def test_workers_end_with_their_parent(tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(
+        f"import os, sys, time\nsys.path[:0] = {sys.path!r}\nfrom runner import run_all\n"
+        "def work(job, device):\n    open(job, 'w').write(str(os.getpid()))\n    time.sleep(600)\n"
+        f"if __name__ == '__main__':\n    run_all({{0: {str(tmp_path / 'number')!r}}}, work, ['cpu'], 1, 600, print)\n"
+    )
+    parent = subprocess.Popen([sys.executable, str(script)])
+    try:
+        worker = int(within(60, lambda: (tmp_path / "number").exists() and (tmp_path / "number").read_text()))
+    finally:
+        parent.kill()
+        parent.wait()
+    assert within(20, lambda: not Path(f"/proc/{worker}").exists() or "State:\tZ" in status(worker))
+
+
+def status(number):
+    return Path(f"/proc/{number}/status").read_text()
+
+
+def within(seconds, found):
+    """What `found` gives as soon as it is something."""
+    deadline = time.time() + seconds
+    while time.time() < deadline:
+        if value := found():
+            return value
+        time.sleep(0.1)
+    return None
 
 
 def test_a_study_goes_on_and_forgets_what_other_settings_gave(tmp_path, monkeypatch):

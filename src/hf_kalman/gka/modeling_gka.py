@@ -407,6 +407,11 @@ class GKAPreTrainedModel(DecoderPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        if getattr(module, "leaves_mixer", False):
+            init.normal_(module.weight, std=self.config.output_initializer_factor * self.config.initializer_range)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+            return
         super()._init_weights(module)
         if isinstance(module, GatedRMSNorm):
             init.ones_(module.weight)
@@ -421,8 +426,6 @@ class GKAPreTrainedModel(DecoderPreTrainedModel):
             init.copy_(module.dt_bias, inverse_softplus(step))
         elif isinstance(module, GKAMixer):
             self._init_expansion(module)
-        elif getattr(module, "leaves_mixer", False):
-            init.normal_(module.weight, std=self.config.output_initializer_factor * self.config.initializer_range)
 
     @staticmethod
     def _init_expansion(mixer: GKAMixer) -> None:
