@@ -89,14 +89,9 @@ def train(job, device, training, held, per_token):
     optimizer = torch.optim.AdamW(weight_decay_groups(model, 0.1), RATE, betas=(0.9, 0.95))
     order = torch.randperm(len(training), generator=torch.Generator().manual_seed(seed))
     for step in range(STEPS):
-        scale = min(1.0, (step + 1) / 30) * (0.1 + 0.45 * (1 + math.cos(math.pi * step / STEPS)))
-        for group in optimizer.param_groups:
-            group["lr"] = RATE * scale
+        small_lm.set_rate(optimizer, RATE, step, STEPS, 30)
         batch = training[order[step * BATCH : (step + 1) * BATCH]]
-        model(batch, labels=batch, use_cache=False).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        small_lm.descend(model, optimizer, model(batch, labels=batch, use_cache=False).loss)
         if (step + 1) % 25 == 0:
             row["curve"].append((step + 1, bits(model, held, per_token)))
     return row

@@ -209,7 +209,7 @@ def starts(result):
 
 def language(result):
     speed = load("small_lm_speed") or {"models": {}}
-    costs = {name: cost(speed["models"].get(name, {})) for name in result["models"]}
+    costs = {name: cost(row) for name, row in speed["models"].items() if "median_ms" in row}
     parts = [
         "## Small language models\n",
         f"Wikipedia articles and passages ({result['training_tokens'] / 1e6:.1f} M different tokens), byte-level BPE "
@@ -221,7 +221,7 @@ def language(result):
     if len(variants) > 1:
         rows = [[name, f"{row['held_out_bits_per_byte']:.3f}"] for name, row in variants.items()]
         parts += ["A quarter of the budget, one change each:\n", table(["", "bits/byte"], rows) + "\n"]
-    if any(any(pair) for pair in costs.values()):
+    if costs:
         parts.append(
             "Speed and memory: training steps of 64 windows, one model after the other on a free GPU "
             "([JSON](../benchmarks/results/small_lm_speed.json)).\n"
@@ -235,14 +235,13 @@ def losses(result, name, costs):
     """What was trained, its curves and its table; `costs` are the columns of speed and memory, by model."""
     models = {model: row for model, row in result["models"].items() if "curve" in row}
     tokens = next(iter(models.values()))["tokens"]
-    costs = costs if any(any(pair) for pair in costs.values()) else {}
     rows = [
         [
             NAMES[model],
             f"{row['held_out_bits_per_byte']:.3f}",
             f"{next(b for t, b in row['curve'] if t >= tokens / 4):.3f}",
             f"{row['learning_rate']:g}",
-            *costs.get(model, ()),
+            *(costs.get(model, ("", "")) if costs else ()),
         ]
         for model, row in sorted(models.items(), key=lambda pair: pair[1]["held_out_bits_per_byte"])
     ]
@@ -258,9 +257,7 @@ def losses(result, name, costs):
 
 
 def cost(row):
-    """Tokens per second and GiB of a model's training steps, if they were measured."""
-    if "median_ms" not in row:
-        return "", ""
+    """Tokens per second and GiB of a model's training steps."""
     return f"{row['tokens_per_s']:,}", f"{row['peak_mib'] / 1024:.1f}"
 
 

@@ -153,10 +153,22 @@ def learn(model, optimizer, batch):
     """One step."""
     with torch.autocast(batch.device.type, torch.bfloat16):
         loss = model(batch, labels=batch, use_cache=False).loss
+    descend(model, optimizer, loss)
+
+
+def descend(model, optimizer, loss):
+    """Clipped gradients of the loss into the weights."""
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
+
+
+def set_rate(optimizer, rate, step, steps, warm):
+    """The rate of this step: linear over the first `warm`, a cosine to a tenth over all."""
+    rate *= min(1.0, (step + 1) / warm) * (0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))
+    for group in optimizer.param_groups:
+        group["lr"] = rate
 
 
 def train(name, data, budget, rate, evaluations, device, changes=None, size=None):
@@ -164,14 +176,12 @@ def train(name, data, budget, rate, evaluations, device, changes=None, size=None
     training, held, held_bytes, share = data
     model = build(name, changes=changes).to(device).train()
     optimizer = torch.optim.AdamW(weight_decay_groups(model, 0.1), rate, betas=(0.9, 0.95))
-    size = size or BATCH
+    size = BATCH if size is None else size
     steps = budget // (size * WINDOW)
     order = torch.cat([torch.randperm(len(training)) for _ in range(1 + steps * size // len(training))])
     curve = []
     for step in range(steps):
-        warm = min(1.0, (step + 1) / min(100, steps // 5 + 1))
-        for group in optimizer.param_groups:
-            group["lr"] = rate * warm * (0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))
+        set_rate(optimizer, rate, step, steps, min(100, steps // 5 + 1))
         learn(model, optimizer, training[order[step * size : (step + 1) * size]])
         if (step + 1) % max(1, steps // evaluations) == 0 or step + 1 == steps:
             curve.append(((step + 1) * size * WINDOW, round(bits_per_byte(model, held, held_bytes, share), 4)))
@@ -290,6 +300,8 @@ def main():
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no model is begun")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
+    if options.batch < 1:
+        parser.error(f"--batch must be at least 1, got {options.batch}")
     devices = [f"cuda:{n}" for n in range(torch.cuda.device_count())] or ["cpu"]
     workers = options.workers or (2 * len(devices) if devices[0] != "cpu" else 1)
     if options.only != "speed":

@@ -160,6 +160,8 @@ def main():
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no cell is begun")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
+    if options.pack < 1:
+        parser.error(f"--pack must be at least 1, got {options.pack}")
     started = time.time()
     devices = [f"cuda:{n}" for n in range(torch.cuda.device_count())] or ["cpu"]
     workers = options.workers or 2 * len(devices)
