@@ -158,7 +158,7 @@ def ablations(result):
     rows = [[cell["label"], *(spread([run["tests"][p] for run in cell["runs"]]) for p in pairs)] for cell in cells]
     return [
         "### What the parts do\n",
-        "One change to the bare layer each, width 128 "
+        "One change to the bare layer each, width 64, three seeds at the rate that is best for the bare layer "
         f"([JSON](../benchmarks/results/tasks_ablations.json), {device(result)}, {tasks_time(result)}).\n",
         table(["%", *(f"{p} pairs" for p in pairs)], rows) + "\n",
     ]

@@ -115,6 +115,23 @@ def test_one_token_at_a_time_is_the_whole():
     assert all(relative_error(a, b) <= 1e-5 for a, b in zip(state, last, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize(("length", "kind"), [(1, "plain"), (2, "plain"), (4, "packed+padded"), (8, "packed")])
+def test_a_few_tokens_after_a_prefix(length, kind, width, dtype):
+    """A token, and several solved together, from a state that 200 tokens left, under slow decay."""
+    prefix, _ = case(200, "plain", torch.float32, width=width, value_width=width)
+    _, state = call([t.double() for t in prefix], EXACT, None)
+    inputs, segments = case(length, kind, dtype, width=width, value_width=width)
+    inputs[7:] = [t.float() for t in state]
+    with torch.no_grad():
+        outputs, after = call(inputs, CG, segments, "triton")
+        exact, exact_after = call([t.double() for t in inputs], EXACT, segments)
+    bound = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 8e-3}[dtype]
+    assert relative_error(outputs, exact) <= bound
+    assert all(relative_error(a, b) <= 1e-6 for a, b in zip(after, exact_after, strict=True))
+
+
 def test_the_result_is_deterministic():
     inputs, segments = case(700, "packed", torch.bfloat16, width=128, value_width=128)
     cotangents = [c.cuda() for c in make_cotangents([t.cpu() for t in inputs])]
