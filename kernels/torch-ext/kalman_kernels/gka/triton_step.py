@@ -15,8 +15,8 @@ from torch import Tensor
 from ..jit import long, on_own_device
 from .mixer import MixerInputs, MixerOptions
 from .reference import GKASolver
-from .triton_common import TOLERANCE, dot, filled, power_of_two, scaled_rows, solve
-from .triton_forward import TritonInputs, chunk_norm, decay_count, method
+from .triton_common import TOLERANCE, filled
+from .triton_forward import TritonInputs, decay_count, method
 
 __all__ = ["gka_triton_mixer_step", "gka_triton_step"]
 
@@ -73,22 +73,15 @@ def _solve(gram, query, iterations, ridge, tolerance, METHOD: tl.constexpr):
 
 
 @triton.jit
-def _tokens(raw, stride, past, weight, index, length, channels, inside, MIXER: tl.constexpr, TAPS: tl.constexpr):
-    """(tokens, channels) in float32, 0 outside. MIXER: sum_l weight[c, TAPS-1-l] x_{t-l}[c] of them.
-
-    Tokens before the first then come from `past` (channels, TAPS - 1).
-    """
-    there = (index < length)[:, None] & inside[None, :]
-    if MIXER:
-        total = tl.zeros([index.shape[0], channels.shape[0]], tl.float32)
-        for lag in tl.static_range(TAPS):
-            token = index[:, None] - lag
-            x = tl.load(raw + token * stride + channels[None, :], mask=there & (token >= 0), other=0.0).to(tl.float32)
-            before = past + channels[None, :] * (TAPS - 1) + (TAPS - 1 + token)
-            x += tl.load(before, mask=there & (token < 0), other=0.0).to(tl.float32)
-            total += x * tl.load(weight + channels * TAPS + (TAPS - 1 - lag), mask=inside, other=0.0).to(tl.float32)
-    else:
-        total = tl.load(raw + index[:, None] * stride + channels[None, :], mask=there, other=0.0).to(tl.float32)
+def _convolved(raw, stride, past, weight, token, channel, mask, TAPS: tl.constexpr):
+    """sum_l weight[c, TAPS-1-l] x_{t-l}[c]; tokens before the first come from `past` (channels, TAPS - 1)."""
+    total = tl.zeros_like(channel).to(tl.float32)
+    for lag in tl.static_range(TAPS):
+        here = mask & (channel >= 0) & (token - lag >= 0)
+        before = mask & (channel >= 0) & (token - lag < 0)
+        x = tl.load(raw - lag * stride + channel, mask=here, other=0.0).to(tl.float32)
+        x += tl.load(past + channel * (TAPS - 1) + (TAPS - 1 + token - lag), mask=before, other=0.0).to(tl.float32)
+        total += x * tl.load(weight + channel * TAPS + (TAPS - 1 - lag), mask=mask, other=0.0).to(tl.float32)
     return total
 
 
@@ -98,86 +91,34 @@ def _silu(x):
 
 
 @triton.jit
+def _unit(x):
+    return x / (tl.sqrt(tl.sum(x * x, 0)) + 1e-6)
+
+
+@triton.jit
 def _round(x, pointer):
     """What a tensor of the pointer's dtype would have held."""
     return x.to(pointer.dtype.element_ty).to(tl.float32)
 
 
 @triton.jit
-def _unit(x, pointer):
-    """Rows of norm 1, rounded."""
-    return _round(x / (tl.sqrt(tl.sum(x * x, 1)) + 1e-6)[:, None], pointer)
-
-
-@triton.jit
-def _gate(pointer, there, MIXER: tl.constexpr):
-    """Input gates; MIXER: before their sigmoid."""
-    gate = tl.load(pointer, mask=there, other=0.0).to(tl.float32)
+def _gate(pointer, MIXER: tl.constexpr):
+    """An input gate; MIXER: before its sigmoid."""
+    gate = tl.load(pointer).to(tl.float32)
     if MIXER:
         gate = _round(_round(1.0 / (1.0 + tl.exp(-gate)), pointer) + 1e-6, pointer)
     return gate
 
 
 @triton.jit
-def _kept(pointer, there, rate, bias, MIXER: tl.constexpr):
-    """What a state keeps: exp of log decays; MIXER: of -exp(A_log) softplus(a + dt_bias)."""
-    log = tl.load(pointer, mask=there, other=0.0).to(tl.float32)
+def _kept(pointer, rate, bias, MIXER: tl.constexpr):
+    """What a state keeps: exp of a log decay; MIXER: of -exp(A_log) softplus(a + dt_bias)."""
+    log = tl.load(pointer).to(tl.float32)
     if MIXER:
         x = log + tl.load(bias).to(tl.float32)
         softplus = tl.where(x > 20.0, x, tl.log(1.0 + tl.exp(tl.minimum(x, 20.0))))
         log = -tl.exp(tl.load(rate).to(tl.float32)) * softplus
     return tl.exp(log)
-
-
-@triton.jit
-def _picked(vector, here):
-    """The entry of a vector, or row of a tile, for which `here` is true."""
-    if len(vector.shape) == 1:
-        return tl.sum(tl.where(here, vector, 0.0), 0)
-    else:
-        return tl.sum(tl.where(here[:, None], vector, 0.0), 0)
-
-
-@triton.jit
-def _operand(state):
-    """A float32 state as a float16 operand with elements up to 2^14, and its unit."""
-    scale, inverse = power_of_two(tl.max(tl.max(tl.abs(state), 1), 0))
-    return (state * (inverse * 16384.0)).to(tl.float16), scale * (1.0 / 16384.0)
-
-
-@triton.jit
-def _noted(into, decay, through, row, keep, here):
-    """Decays up to one more token: `into` (N,) from the state, `decay` (N, N) from token (second axis) to token."""
-    through = through * keep
-    row = row * keep + tl.where(here, 1.0, 0.0)
-    return tl.where(here, through, into), tl.where(here[:, None], row[None, :], decay), through, row
-
-
-@triton.jit
-def _solved_jointly(queries, keys, gram, unit, into, decay, gate, iterations, ridge, tolerance, METHOD: tl.constexpr):
-    """H_t^-1 q_t of all tokens at once, by the solver of the chunk-parallel kernels: the state is read as one operand.
-
-    H_t = into_t H_0 + sum_s decay_ts gate_s^2 k_s k_s^T, H_0 = unit * gram.
-    """
-    keys, key_scale = scaled_rows(keys, tl.float16)
-    weight = gate * gate * key_scale * key_scale
-    norm = chunk_norm(keys, gram, into * unit, decay, weight, "ieee")
-    inverse = tl.where(norm > 0, 1.0 / norm, 0.0)
-    size = tl.sqrt(tl.sum(queries * queries, 1))
-    x, _ = solve(
-        queries * tl.where(size > 0, 1.0 / size, 0.0)[:, None],
-        keys,
-        gram,
-        into * unit * inverse,
-        (decay * weight[None, :] * inverse[:, None]).to(tl.float16),
-        iterations,
-        ridge,
-        tolerance,
-        METHOD,
-        tl.float16,
-        "ieee",
-    )
-    return x * (size * inverse)[:, None]
 
 
 @triton.jit(do_not_specialize=["length", "iterations", "ridge", "tolerance", "scale", "eps"])
@@ -207,6 +148,7 @@ def step_kernel(
     value_key_out,
     grams,
     value_keys,
+    mixed,
     outputs,
     length,
     heads,
@@ -233,150 +175,119 @@ def step_kernel(
     VALUE_SILU: tl.constexpr,
     WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
-    TOKENS: tl.constexpr,
-    JOINT: tl.constexpr,
-    EARLY: tl.constexpr,
     BLOCK: tl.constexpr,
     VALUE_BLOCK: tl.constexpr,
 ):
-    """At most TOKENS tokens of one head. MIXER takes raw projections and does what surrounds the operator in a layer.
+    """A few tokens of one head. MIXER takes raw projections and does what surrounds the operator in a layer, too.
 
-    DECAYS: 0 none, 1 one for both states, 2 two, 3 for the value state alone. EVERY also stores all states. JOINT
-    solves and reads for all tokens at once, from float16 operands; otherwise one after the other in float32. EARLY
-    loads both states before it begins.
+    DECAYS: 0 none, 1 one for both states, 2 two, 3 for the value state alone. EVERY also stores all states.
     """
     line = long(tl.program_id(0))
     batch, head = line // heads, line % heads
     rows, columns, value_rows = tl.arange(0, BLOCK), tl.arange(0, BLOCK), tl.arange(0, VALUE_BLOCK)
-    index = tl.arange(0, TOKENS)
-    inside, value_inside, there = columns < WIDTH, value_rows < VALUE_WIDTH, index < length
-    mask = (rows < WIDTH)[:, None] & inside[None, :]
+    inside, value_inside = rows < WIDTH, value_rows < VALUE_WIDTH
+    query_head = head // (heads // query_heads)
+    key_head, value_head = head // (heads // key_heads), head // (heads // value_heads)
+    mask = inside[:, None] & (columns < WIDTH)[None, :]
     offset = rows[:, None] * WIDTH + columns[None, :]
     gram = tl.load(gram_in + line * WIDTH * WIDTH + offset, mask=mask, other=0.0)
-    value_mask = value_inside[:, None] & inside[None, :]
-    value_offset = value_rows[:, None] * WIDTH + columns[None, :]
-    if EARLY:
-        state = tl.load(value_key_in + line * VALUE_WIDTH * WIDTH + value_offset, mask=value_mask, other=0.0)
-
-    first = batch * length
-    place = (first + index) * heads + head
-    stride = key_heads * WIDTH
-    past = key_past + batch * stride * (TAPS - 1)
-    channels = (head // (heads // key_heads)) * WIDTH + columns
-    keys = _tokens(key + first * stride, stride, past, key_taps, index, length, channels, inside, MIXER, TAPS)
-    stride = query_heads * WIDTH
-    past = query_past + batch * stride * (TAPS - 1)
-    channels = (head // (heads // query_heads)) * WIDTH + columns
-    queries = _tokens(query + first * stride, stride, past, query_taps, index, length, channels, inside, MIXER, TAPS)
-    if MIXER:
-        keys, queries = _round(keys, key), _round(queries, query)
-        if KEY_SILU:
-            keys, queries = _round(_silu(keys), key), _round(_silu(queries), query)
-        keys, queries = _unit(keys, key), _unit(queries, query)
-    gate = tl.full([TOKENS], 1.0, tl.float32)
-    if GATED:
-        gate = _gate(input_gate + place, there, MIXER)
-    keep = tl.full([TOKENS], 1.0, tl.float32)
-    value_keep = keep
-    if DECAYS > 0:
-        value_keep = _kept(log_decay + place, there, decay_rate + head, decay_bias + head, MIXER)
-    if DECAYS == 1:
-        keep = value_keep
-    if DECAYS == 2:
-        keep = tl.exp(tl.load(key_log_decay + place, mask=there, other=0.0).to(tl.float32))
-    mix = tl.full([TOKENS], 1.0, tl.float32)
-    if MIXED:
-        mix = tl.load(solution_mix + place, mask=there, other=0.0).to(tl.float32)
+    previous = 0
+    for token in range(0, length):
+        place = (batch * length + token) * heads + head
+        key_at = key + (batch * length + token) * (key_heads * WIDTH)
+        query_at = query + (batch * length + token) * (query_heads * WIDTH)
         if MIXER:
-            mix = _round(1.0 / (1.0 + tl.exp(-mix)), solution_mix)
-    if PACKED:
-        number = tl.load(numbers + first + index, mask=there, other=0)
-        same = number == tl.load(numbers + first + index - 1, mask=there & (index > 0), other=0)
-        keep, value_keep = tl.where(same, keep, 0.0), tl.where(same, value_keep, 0.0)
-    if PADDED:
-        real = tl.load(valid + first + index, mask=there, other=0) != 0
-        keys, queries = tl.where(real[:, None], keys, 0.0), tl.where(real[:, None], queries, 0.0)
-        keep, value_keep = tl.where(real, keep, 1.0), tl.where(real, value_keep, 1.0)
-
-    if JOINT:
-        past_gram, unit = _operand(gram)
-        into, row, through = tl.zeros([TOKENS], tl.float32), tl.zeros([TOKENS], tl.float32), 1.0
-        decay = tl.zeros([TOKENS, TOKENS], tl.float32)
-    for token in range(0, length):
-        here = index == token
-        kept = _picked(keep, here)
-        k = _picked(keys, here) * _picked(gate, here)
-        gram = gram * kept + k[:, None] * k[None, :]
-        if EVERY:
-            at = (first + token) * heads + head
-            tl.store(grams + at * WIDTH * WIDTH + offset, gram, mask=mask)
-        if JOINT:
-            into, decay, through, row = _noted(into, decay, through, row, kept, here)
-        elif METHOD != 0:
-            q = _picked(queries, here)
-            x = _solve(gram, q, iterations, ridge, tolerance, METHOD)
-            queries = tl.where(here[:, None], (q + _picked(mix, here) * (x - q))[None, :], queries)
-    tl.store(gram_out + line * WIDTH * WIDTH + offset, gram, mask=mask)
-    if JOINT & (METHOD != 0):
-        x = _solved_jointly(queries, keys, past_gram, unit, into, decay, gate, iterations, ridge, tolerance, METHOD)
-        queries += mix[:, None] * (x - queries)
-
-    if not EARLY:
-        state = tl.load(value_key_in + line * VALUE_WIDTH * WIDTH + value_offset, mask=value_mask, other=0.0)
-    stride = value_heads * VALUE_WIDTH
-    past = value_past + batch * stride * (TAPS - 1)
-    channels = (head // (heads // value_heads)) * VALUE_WIDTH + value_rows
-    values = _tokens(
-        value + first * stride,
-        stride,
-        past,
-        value_taps,
-        index,
-        length,
-        channels,
-        value_inside,
-        MIXER & VALUE_CONV,
-        TAPS,
-    )
-    if MIXER & VALUE_CONV:
-        values = _round(values, value)
-    if VALUE_SILU:
-        values = _round(_silu(values), value)
-    if PADDED:
-        values = tl.where(real[:, None], values, 0.0)
-    keys, values = keys * gate[:, None], values * gate[:, None]
-    if JOINT:
-        past_state, unit = _operand(state)
-        row, through = tl.zeros([TOKENS], tl.float32), 1.0
-    y = tl.zeros([TOKENS, VALUE_BLOCK], tl.float32)
-    for token in range(0, length):
-        here = index == token
-        kept = _picked(value_keep, here)
-        state = state * kept + _picked(values, here)[:, None] * _picked(keys, here)[None, :]
-        if EVERY:
-            at = (first + token) * heads + head
-            tl.store(value_keys + at * VALUE_WIDTH * WIDTH + value_offset, state, mask=value_mask)
-        if JOINT:
-            into, decay, through, row = _noted(into, decay, through, row, kept, here)
+            channel = key_head * WIDTH + rows
+            past = key_past + batch * (key_heads * WIDTH * (TAPS - 1))
+            k = _round(_convolved(key_at, key_heads * WIDTH, past, key_taps, token, channel, inside, TAPS), key)
+            channel = query_head * WIDTH + rows
+            past = query_past + batch * (query_heads * WIDTH * (TAPS - 1))
+            q = _convolved(query_at, query_heads * WIDTH, past, query_taps, token, channel, inside, TAPS)
+            q = _round(q, query)
+            if KEY_SILU:
+                k, q = _round(_silu(k), key), _round(_silu(q), query)
+            k, q = _round(_unit(k), key), _round(_unit(q), query)
         else:
-            read = tl.sum(state * _picked(queries, here)[None, :], 1)
-            y = tl.where(here[:, None], read[None, :], y)
-    tl.store(value_key_out + line * VALUE_WIDTH * WIDTH + value_offset, state, mask=value_mask)
-    if JOINT:
-        inner = dot(queries, tl.trans(keys), "tf32x3") * decay
-        queries, query_scale = scaled_rows(queries, tl.float16)
-        y = dot(queries, tl.trans(past_state), "ieee") * (into * unit * query_scale)[:, None]
-        y += dot(inner, values, "tf32x3")
-    y = y * scale
-    stored = there[:, None] & value_inside[None, :]
-    target = place[:, None] * VALUE_WIDTH + value_rows[None, :]
-    if MIXER:
-        y = _round(y, outputs)
-        y = y / tl.sqrt(tl.sum(y * y, 1) / VALUE_WIDTH + eps)[:, None]
-        y = y * tl.load(norm_weight + value_rows, mask=value_inside, other=0.0).to(tl.float32)[None, :]
-        if OUTPUT_GATED:
-            y = y * _silu(tl.load(output_gate + target, mask=stored, other=0.0).to(tl.float32))
-    tl.store(outputs + target, y.to(outputs.dtype.element_ty), mask=stored)
+            k = tl.load(key_at + key_head * WIDTH + rows, mask=inside, other=0.0).to(tl.float32)
+            q = tl.load(query_at + query_head * WIDTH + rows, mask=inside, other=0.0).to(tl.float32)
+        if GATED:
+            gate = _gate(input_gate + place, MIXER)
+            k = k * gate
+        keep = 1.0
+        if (DECAYS == 1) | (DECAYS == 2):
+            if DECAYS == 2:
+                keep = tl.exp(tl.load(key_log_decay + place).to(tl.float32))
+            else:
+                keep = _kept(log_decay + place, decay_rate + head, decay_bias + head, MIXER)
+        if PACKED:
+            number = tl.load(numbers + batch * length + token)
+            keep = tl.where(number == previous, keep, 0.0)
+            previous = number
+        if PADDED:
+            there = tl.load(valid + batch * length + token) != 0
+            k, q, keep = tl.where(there, k, 0.0), tl.where(there, q, 0.0), tl.where(there, keep, 1.0)
+        gram = gram * keep + k[:, None] * k[None, :]
+        if EVERY:
+            tl.store(grams + place * WIDTH * WIDTH + offset, gram, mask=mask)
+        if METHOD != 0:
+            x = _solve(gram, q, iterations, ridge, tolerance, METHOD)
+            mix = 1.0
+            if MIXED:
+                mix = tl.load(solution_mix + place).to(tl.float32)
+                if MIXER:
+                    mix = _round(1.0 / (1.0 + tl.exp(-mix)), solution_mix)
+            q = q + mix * (x - q)
+        tl.store(mixed + place * WIDTH + rows, q, mask=inside)
+        # The key waits beside the query: the value state needs it again.
+        tl.store(mixed + (tl.num_programs(0) * length + place) * WIDTH + rows, k, mask=inside)
+    tl.store(gram_out + line * WIDTH * WIDTH + offset, gram, mask=mask)
+    tl.debug_barrier()
+
+    mask = value_inside[:, None] & (columns < WIDTH)[None, :]
+    offset = value_rows[:, None] * WIDTH + columns[None, :]
+    state = tl.load(value_key_in + line * VALUE_WIDTH * WIDTH + offset, mask=mask, other=0.0)
+    previous = 0
+    for token in range(0, length):
+        place = (batch * length + token) * heads + head
+        q = tl.load(mixed + place * WIDTH + columns, mask=columns < WIDTH, other=0.0)
+        k = tl.load(mixed + (tl.num_programs(0) * length + place) * WIDTH + columns, mask=columns < WIDTH, other=0.0)
+        value_at = value + (batch * length + token) * (value_heads * VALUE_WIDTH)
+        channel = value_head * VALUE_WIDTH + value_rows
+        if MIXER & VALUE_CONV:
+            past = value_past + batch * (value_heads * VALUE_WIDTH * (TAPS - 1))
+            v = _convolved(value_at, value_heads * VALUE_WIDTH, past, value_taps, token, channel, value_inside, TAPS)
+            v = _round(v, value)
+        else:
+            v = tl.load(value_at + channel, mask=value_inside, other=0.0).to(tl.float32)
+        if VALUE_SILU:
+            v = _round(_silu(v), value)
+        if GATED:
+            gate = _gate(input_gate + place, MIXER)
+            v = v * gate
+        keep = 1.0
+        if DECAYS > 0:
+            keep = _kept(log_decay + place, decay_rate + head, decay_bias + head, MIXER)
+        if PACKED:
+            number = tl.load(numbers + batch * length + token)
+            keep = tl.where(number == previous, keep, 0.0)
+            previous = number
+        if PADDED:
+            there = tl.load(valid + batch * length + token) != 0
+            v, keep = tl.where(there, v, 0.0), tl.where(there, keep, 1.0)
+        state = state * keep + v[:, None] * k[None, :]
+        if EVERY:
+            tl.store(value_keys + place * VALUE_WIDTH * WIDTH + offset, state, mask=mask)
+        y = tl.sum(state * q[None, :], 1) * scale
+        target = outputs + place * VALUE_WIDTH + value_rows
+        if MIXER:
+            y = _round(y, outputs)
+            y = y / tl.sqrt(tl.sum(y * y, 0) / VALUE_WIDTH + eps)
+            y = y * tl.load(norm_weight + value_rows, mask=value_inside, other=0.0).to(tl.float32)
+            if OUTPUT_GATED:
+                source = output_gate + place * VALUE_WIDTH + value_rows
+                y = y * _silu(tl.load(source, mask=value_inside, other=0.0).to(tl.float32))
+        tl.store(target, y.to(outputs.dtype.element_ty), mask=value_inside)
+    tl.store(value_key_out + line * VALUE_WIDTH * WIDTH + offset, state, mask=mask)
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -433,8 +344,6 @@ def _shift(raw, past, stride, batch, channel, length, channels, TAPS: tl.constex
 
 # Warps by the wider of both widths. More are slower: the solve then waits for its barriers.
 WARPS = {16: 1, 32: 1, 64: 2, 128: 4}
-# Rows of a tile that holds several tokens: what the matrix units take.
-JOINT_TOKENS = 16
 # Squared relative residuals at which a step stops: the states are float32, so only the output's dtype matters.
 HALF_STEP_TOLERANCE = 1e-7
 
@@ -549,8 +458,7 @@ def _launch(tokens, gates, numbers, valid, surroundings, states, outputs, heads,
     query, key, value = tokens
     batch, length, query_heads, width = query.shape
     block, value_block = filled(width), filled(value.shape[-1])
-    joint = length > 1 and query.dtype != torch.float32 and solver.method == "cg"
-    tolerance = HALF_STEP_TOLERANCE if length == 1 else TOLERANCE["float16"]
+    mixed = torch.empty(2, batch, length, heads, width, dtype=torch.float32, device=query.device)
     step_kernel[(batch * heads,)](
         query,
         key,
@@ -560,6 +468,7 @@ def _launch(tokens, gates, numbers, valid, surroundings, states, outputs, heads,
         query if valid is None else valid,
         *surroundings,
         *states,
+        mixed,
         outputs,
         length,
         heads,
@@ -568,7 +477,7 @@ def _launch(tokens, gates, numbers, valid, surroundings, states, outputs, heads,
         value.shape[2],
         solver.iterations,
         solver.ridge_ratio,
-        solver.squared_tolerance(TOLERANCE["float32"] if query.dtype == torch.float32 else tolerance),
+        solver.squared_tolerance(TOLERANCE["float32"] if query.dtype == torch.float32 else HALF_STEP_TOLERANCE),
         scale,
         eps,
         METHOD=method(solver),
@@ -577,9 +486,6 @@ def _launch(tokens, gates, numbers, valid, surroundings, states, outputs, heads,
         OUTPUT_GATED=gates[4] is not None,
         PACKED=numbers is not None,
         PADDED=valid is not None,
-        TOKENS=1 if length == 1 else JOINT_TOKENS,
-        JOINT=joint,
-        EARLY=False,
         BLOCK=block,
         VALUE_BLOCK=value_block,
         **options,
