@@ -44,21 +44,7 @@ MODELS = {
 def build(name, seed):
     config, model, fields = MODELS[name]
     torch.manual_seed(seed)
-    return model(
-        config(
-            vocab_size=small_lm.VOCABULARY,
-            hidden_size=WIDTH,
-            intermediate_size=2 * WIDTH,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=WIDTH // small_lm.HEAD,
-            max_position_embeddings=WINDOW,
-            tie_word_embeddings=True,
-            pad_token_id=0,
-            bos_token_id=0,
-            eos_token_id=0,
-            **fields,
-        )
-    )
+    return model(config(**small_lm.shape(WIDTH, LAYERS, 2 * WIDTH, WINDOW), **fields))
 
 
 @torch.no_grad()

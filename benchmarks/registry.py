@@ -220,6 +220,15 @@ class TaskModel(nn.Module):
         return self.head(hidden)
 
 
+@torch.no_grad()
+def start_outputs(model: nn.Module, factor: float) -> nn.Module:
+    """`model`, what its mixers' output projections (named `o_proj`, or marked so) start from multiplied by `factor`."""
+    for name, module in model.named_modules():
+        if name.split(".")[-1] == "o_proj" or getattr(module, "leaves_mixer", False):
+            module.weight.mul_(factor)
+    return model
+
+
 def weight_decay_groups(model: nn.Module, decay: float, exempt=("bias", "A_log")) -> list[dict]:
     """Parameter groups for AdamW: `decay` on matrices, none on other shapes and on names with a part in `exempt`."""
     groups = [{"params": [], "weight_decay": decay}, {"params": [], "weight_decay": 0.0}]

@@ -18,7 +18,7 @@ import conversion_report  # noqa: E402
 import run as tasks  # noqa: E402
 from record import RESULTS  # noqa: E402
 from run import done  # noqa: E402
-from small_lm import PEERS  # noqa: E402
+from small_lm import PEERS, VARIANTS  # noqa: E402
 
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 # Scripts with `draw(result, folder)`, which write `<name>.json`.
@@ -33,7 +33,8 @@ DRAWN = (
     "layer_selection",
     "long_context",
     "small_lm",
-    "small_lm_64",
+    "small_lm_wide",
+    "small_lm_64_wide",
     "smollm2_gpu",
     "solvers",
 )
@@ -67,8 +68,8 @@ def figures(folder):
     """Draw everything; returns the files."""
     for name in DRAWN:
         if (result := load(name)) is not None:
-            # The same script's results of another batch have a name of their own.
-            importlib.import_module(name.removesuffix("_64")).draw(result, folder)
+            # The same script's results of other settings have names of their own.
+            importlib.import_module("small_lm" if name.startswith("small_lm") else name).draw(result, folder)
     for study in tasks.STUDIES:
         if (result := load(f"tasks_{study}")) is not None:
             tasks.draw(result, folder, study)
@@ -123,7 +124,7 @@ def words(result):
     parts = [
         "## State tracking\n",
         "The word problem of A5 (arXiv 2404.08819): after each of 16 random elements, the product so far. Entries: the "
-        "longest word with at least 90 % right answers, mean over seeds. Width 128, SwiGLU MLPs; "
+        "longest word with at least 90 % right answers, for each seed. Width 128, SwiGLU MLPs; "
         f"{study['steps']:,} steps of {study['batch']} words "
         f"([JSON](../benchmarks/results/tasks_words.json), {device(result)}, {tasks_time(result)}).\n",
         "![accuracy over positions](../benchmarks/results/tasks_words.png)\n",
@@ -133,11 +134,16 @@ def words(result):
     for model in dict.fromkeys(cell["model"] for cell in cells):
         row = [NAMES[model]]
         for depth in depths:
-            own = [tasks.along(cell) for cell in cells if (cell["model"], cell["layers"]) == (model, depth)]
-            row += [len(list(takewhile(lambda share: share >= 0.9, found))) for found in own] or [""]
+            own = [cell for cell in cells if (cell["model"], cell["layers"]) == (model, depth)]
+            row += [", ".join(str(longest(run["tests"]["whole"])) for run in cell["runs"]) for cell in own] or [""]
         rows.append(row)
     parts.append(table(["blocks", *depths], rows) + "\n")
     return parts
+
+
+def longest(shares):
+    """Positions from the first that are all right at least 90 % of the time."""
+    return len(list(takewhile(lambda share: share >= 0.9, shares)))
 
 
 def mad(result):
@@ -153,7 +159,8 @@ def mad(result):
 
 
 def ablations(result):
-    cells = done(result)
+    found = result["cells"]
+    cells = [found[cell.key] for cell in tasks.ablations().cells if "runs" in found.get(cell.key, {})]
     pairs = list(cells[0]["runs"][0]["tests"])
     rows = [[cell["label"], *(spread([run["tests"][p] for run in cell["runs"]]) for p in pairs)] for cell in cells]
     return [
@@ -207,6 +214,13 @@ def starts(result):
     ]
 
 
+LANGUAGE = {
+    "small_lm": "The output projections of all mixers start at 0.03 of the deviation of other weights, GKA's default:",
+    "small_lm_wide": "All weights start equally wide:",
+    "small_lm_64_wide": "All weights start equally wide, few and large steps:",
+}
+
+
 def language(result):
     speed = load("small_lm_speed") or {"models": {}}
     costs = {name: cost(row) for name, row in speed["models"].items() if "median_ms" in row}
@@ -215,20 +229,27 @@ def language(result):
         f"Wikipedia articles and passages ({result['training_tokens'] / 1e6:.1f} M different tokens), byte-level BPE "
         "of 8,192 tokens, windows of 512, 8 layers of width 384, MLPs that make all models equally large (20.7 M "
         "parameters), the best rate of a grid at a quarter of the budget, one seed.\n",
-        *losses(result, "small_lm", costs),
     ]
-    variants = {name: row for name, row in result["variants"].items() if "curve" in row}
-    if len(variants) > 1:
-        rows = [[name, f"{row['held_out_bits_per_byte']:.3f}"] for name, row in variants.items()]
-        parts += ["A quarter of the budget, one change each:\n", table(["", "bits/byte"], rows) + "\n"]
     if costs:
         parts.append(
             "Speed and memory: training steps of 64 windows, one model after the other on a free GPU "
             "([JSON](../benchmarks/results/small_lm_speed.json)).\n"
         )
-    if (few := load("small_lm_64")) is not None:
-        parts += ["Who begins quickest, in few and large steps:\n", *losses(few, "small_lm_64", {})]
+    for name, lead in LANGUAGE.items():
+        if (found := load(name)) is not None:
+            parts += [f"{lead}\n", *losses(found, name, costs), *changed(found)]
     return parts
+
+
+def changed(result):
+    """The variants of GKA and KLA."""
+    known = [f"{model}: {name}" for model, own in VARIANTS.items() for name in ("as it is", *own)]
+    variants = {name: row for name, row in result["variants"].items() if "curve" in row}
+    names = sorted(variants, key=lambda name: known.index(name) if name in known else len(known))
+    if not names:
+        return []
+    rows = [[name, f"{variants[name]['held_out_bits_per_byte']:.3f}"] for name in names]
+    return ["A quarter of the budget, one change each:\n", table(["", "bits/byte"], rows) + "\n"]
 
 
 def losses(result, name, costs):
@@ -315,7 +336,7 @@ SECTIONS = (
     ("tasks_iterations", iterations),
     ("tasks_words", words),
     ("tasks_mad", mad),
-    ("small_lm", language),
+    ("small_lm_wide", language),
     ("output_start", starts),
     ("long_context", long_context),
     ("solvers", solvers),

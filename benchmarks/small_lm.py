@@ -1,14 +1,16 @@
 """Small language models side by side: ours, softmax attention and peers, same size, text, budget and search.
 
     pip install flash-linear-attention==0.6.0 einops
-    python benchmarks/small_lm.py CORPUS... [--tokens 16000000] [--batch 16] [--models gka kla ...]
+    python benchmarks/small_lm.py CORPUS... [--batch 16] [--output-start 0.03] [--models gka kla ...]
 
 CORPUS are files of documents separated by blank lines (`.txt` or `.txt.gz`). A byte-level BPE tokenizer of 8,192 tokens
 is trained on the training documents; every 30th is held out. Learning rates are chosen by the held-out loss of a
 quarter of the budget, from a grid that goes on while its end is best. Peers are flash-linear-attention's layers in the
-same blocks (`registry.py`), with MLPs that make all models equally large. `results/small_lm.json` (of other windows a
-step: `small_lm_64.json`) and a plot: held-out bits per byte against tokens; for KLA also how its marginal entropy goes
-with the loss of the same token; variants of GKA and KLA at a quarter of the budget, each at its model's rate.
+same blocks (`registry.py`), with MLPs that make all models equally large. The output projections of all mixers start at
+`--output-start` of the deviation of other weights, GKA's default. `results/small_lm.json` (64 windows a step:
+`small_lm_64.json`; a start of 1: `small_lm_wide.json`) and a plot: held-out bits per byte against tokens; for KLA also
+how its marginal entropy goes with the loss of the same token; variants of GKA and KLA at a quarter of the budget, each
+at its model's rate.
 `results/small_lm_speed.json`: training steps of 64 windows, model after model in a process of its own with nothing else
 on the device, kernels tuned before.
 """
@@ -24,7 +26,7 @@ from types import SimpleNamespace
 
 import torch
 from record import RESULTS, continued, drawing, environment, timed, write
-from registry import HEAD, MIXERS, TaskModel, weight_decay_groups, without_tuning
+from registry import HEAD, MIXERS, TaskModel, start_outputs, weight_decay_groups, without_tuning
 from token_uncertainty import by_entropy, correlation, joined, token_columns
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
@@ -37,16 +39,17 @@ sys.path.insert(0, str(Path(__file__).parent / "tasks"))
 from runner import run_all  # noqa: E402
 
 WIDTH, LAYERS, VOCABULARY, WINDOW, BATCH = 384, 8, 8192, 512, 16
+OUTPUT_START = 0.03
 SPEED_BATCH, SPEED_STEPS = 64, 40
 PARAMETERS = 20_736_384
 RATES = (1e-3, 2e-3, 4e-3)
 LANGUAGE_KLA = {"value_rank": "conv", "variance_rank": WIDTH // 8, "linear_state_size": 16}
 OURS = {
     "softmax": (GKAConfig, GKAForCausalLM, {"layer_types": ["full_attention"] * LAYERS}),
+    # `build` sets how the output projections start.
     "gka": (
         GKAConfig,
         GKAForCausalLM,
-        # Its output projections start as wide as those of all others here.
         {"solver": "cg", "solver_iterations": 20, "output_initializer_factor": 1.0},
     ),
     "kla": (KLAConfig, KLAForCausalLM, LANGUAGE_KLA),
@@ -59,13 +62,14 @@ VARIANTS = {
         "no input gate": {"use_input_gate": False},
         "no output gate": {"use_output_gate": False},
         "with local values": {"use_local_values": True},
-        "outputs start small": {"output_initializer_factor": 0.03},
+        "outputs start wide": {"output_start": 1.0},
         **{f"ridge ratio {ratio}": {"ridge_ratio": ratio} for ratio in (0.005, 0.05, 0.2)},
         **{f"{number} iterations": {"solver_iterations": number} for number in (0, 2, 5, 10)},
     },
     "kla": {
         "zero-order hold": {"discretization": "zoh"},
         "no process noise": {"process_noise": "none"},
+        "outputs start wide": {"output_start": 1.0},
         **{f"state {number}": {"linear_state_size": number} for number in (4, 8, 32, 64)},
     },
 }
@@ -85,8 +89,24 @@ class PeerForCausalLM(nn.Module):
         return SimpleNamespace(loss=F.cross_entropy(logits.float().flatten(0, 1), labels[:, 1:].flatten()))
 
 
-def build(name, seed=0, mlp=None, changes=None):
-    """The model; its MLPs as wide as makes it as large as the others."""
+def shape(width, layers, mlp, window):
+    """Fields of a configuration that say how large a model is."""
+    return {
+        "vocab_size": VOCABULARY,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // HEAD,
+        "intermediate_size": mlp,
+        "max_position_embeddings": window,
+        "tie_word_embeddings": True,
+        **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0),
+    }
+
+
+def build(name, seed=0, mlp=None, changes=None, start=OUTPUT_START):
+    """The model; its MLPs as wide as makes it as large as the others, its mixers' outputs as small as `start` says."""
+    changes = dict(changes or {})
+    start = changes.pop("output_start", start)
     if mlp is None:
         sizes = [sum(p.numel() for p in build(name, seed, width).parameters()) for width in (256, 512)]
         per_width = (sizes[1] - sizes[0]) / 256
@@ -95,23 +115,11 @@ def build(name, seed=0, mlp=None, changes=None):
         mlp = max(8, 8 * round(mlp / 8))
     torch.manual_seed(seed)
     if name in PEERS:
-        return PeerForCausalLM(name, mlp)
-    config, model, fields = OURS[name]
-    return model(
-        config(
-            vocab_size=VOCABULARY,
-            hidden_size=WIDTH,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=WIDTH // HEAD,
-            intermediate_size=mlp,
-            max_position_embeddings=WINDOW,
-            tie_word_embeddings=True,
-            pad_token_id=0,
-            bos_token_id=0,
-            eos_token_id=0,
-            **fields | (changes or {}),
-        )
-    )
+        model = PeerForCausalLM(name, mlp)
+    else:
+        config, maker, fields = OURS[name]
+        model = maker(config(**shape(WIDTH, LAYERS, mlp, WINDOW), **fields | changes))
+    return start_outputs(model, start)
 
 
 def prepare(paths):
@@ -171,10 +179,10 @@ def set_rate(optimizer, rate, step, steps, warm):
         group["lr"] = rate
 
 
-def train(name, data, budget, rate, evaluations, device, changes=None, size=None):
+def train(name, data, budget, rate, evaluations, device, changes=None, size=None, start=OUTPUT_START):
     """Losses along the way and the final bits per byte; AdamW, cosine, bfloat16 autocast."""
     training, held, held_bytes, share = data
-    model = build(name, changes=changes).to(device).train()
+    model = build(name, changes=changes, start=start).to(device).train()
     optimizer = torch.optim.AdamW(weight_decay_groups(model, 0.1), rate, betas=(0.9, 0.95))
     size = BATCH if size is None else size
     steps = budget // (size * WINDOW)
@@ -214,9 +222,10 @@ def uncertainty(model, held, samples=8):
     }
 
 
-def file_name(batch):
-    """Results of other windows a step stand beside those of `BATCH`."""
-    return "small_lm" if batch == BATCH else f"small_lm_{batch}"
+def file_name(batch, start):
+    """Results of other windows a step or another start stand beside those of `BATCH` and `OUTPUT_START`."""
+    parts = ["small_lm"] + ([str(batch)] if batch != BATCH else [])
+    return "_".join(parts + ([] if start == OUTPUT_START else ["wide"] if start == 1 else [f"start{start:g}"]))
 
 
 def draw(result, folder):
@@ -239,25 +248,26 @@ def draw(result, folder):
         axes[1].set_xlabel("marginal entropy, nats")
         axes[1].set_ylabel("loss of the same tokens, nats")
     figure.tight_layout()
-    figure.savefig(folder / f"{file_name(result['batch'])}.png", dpi=150)
+    figure.savefig(folder / f"{file_name(result['batch'], result['output_start'])}.png", dpi=150)
     pyplot.close(figure)
 
 
-def run(job, device, data, budget, size=None):
+def run(job, device, data, budget, size=None, start=OUTPUT_START):
     """One model, rates searched, or one variant of a model at a known rate."""
     name, changes, rate = job
     if device.type == "cuda":
         without_tuning()
     if changes is not None:
-        return train(name, data(device), budget // 4, rate, 4, device, changes, size)[1]
+        return train(name, data(device), budget // 4, rate, 4, device, changes, size, start)[1]
     data = data(device)
     rates, search = list(RATES), {}
     for rate in rates:
-        search[rate] = train(name, data, budget // 4, rate, 1, device, size=size)[1]["held_out_bits_per_byte"]
+        row = train(name, data, budget // 4, rate, 1, device, size=size, start=start)[1]
+        search[rate] = row["held_out_bits_per_byte"]
         best = min(search, key=search.__getitem__)
         if rate == rates[-1] == best:
             rates.append(2 * rate)
-    model, row = train(name, data, budget, best, 12, device, size=size)
+    model, row = train(name, data, budget, best, 12, device, size=size, start=start)
     row["search"] = search
     if name == "kla":
         row["uncertainty"] = uncertainty(model, data[1])
@@ -294,6 +304,7 @@ def main():
     parser.add_argument("corpus", nargs="+", type=Path)
     parser.add_argument("--tokens", type=int, default=16_000_000)
     parser.add_argument("--batch", type=int, default=BATCH, help="windows a step")
+    parser.add_argument("--output-start", type=float, default=OUTPUT_START)
     parser.add_argument("--models", nargs="+", choices=[*OURS, *PEERS], default=[*OURS, *PEERS])
     parser.add_argument("--workers", type=int, help="processes that train; two for each GPU, one without one")
     parser.add_argument("--only", choices=["quality", "speed"], help="one half alone")
@@ -302,6 +313,8 @@ def main():
     options = parser.parse_args()
     if options.batch < 1:
         parser.error(f"--batch must be at least 1, got {options.batch}")
+    if options.output_start < 0:
+        parser.error(f"--output-start must be 0 or more, got {options.output_start}")
     devices = [f"cuda:{n}" for n in range(torch.cuda.device_count())] or ["cpu"]
     workers = options.workers or (2 * len(devices) if devices[0] != "cpu" else 1)
     if options.only != "speed":
@@ -321,9 +334,10 @@ def qualities(options, devices, workers):
         "held_out_bytes": data.held_bytes,
         "window": WINDOW,
         "batch": options.batch,
+        "output_start": options.output_start,
         "budget": options.tokens,
     }
-    name = file_name(options.batch)
+    name = file_name(options.batch, options.output_start)
     result = continued(name, settings, options.output) or {**settings, "models": {}, "variants": {}}
     result["environment"] = environment(devices[0])
 
@@ -333,7 +347,7 @@ def qualities(options, devices, workers):
         print(label, {k: v for k, v in row.items() if k not in ("curve", "uncertainty")}, flush=True)
         write(name, result, options.output)
 
-    work = partial(run, data=data, budget=options.tokens, size=options.batch)
+    work = partial(run, data=data, budget=options.tokens, size=options.batch, start=options.output_start)
     wanted = [model for model in options.models if "curve" not in result["models"].get(model, {})]
     jobs = {("models", model): (model, None, None) for model in wanted}
     run_all(jobs, work, devices, workers, options.limit, report)

@@ -36,7 +36,7 @@ def test_models_of_equal_size_are_searched_and_drawn(data, monkeypatch, tmp_path
         assert row["curve"][-1] == (1024, row["held_out_bits_per_byte"])
     assert found["kla"]["uncertainty"]["tokens"] > 0
     for models in (found, {"softmax": found["softmax"], "gka": {"failed": "out of memory"}}):
-        small_lm.draw({"models": models, "batch": small_lm.BATCH}, tmp_path)
+        small_lm.draw({"models": models, "batch": small_lm.BATCH, "output_start": small_lm.OUTPUT_START}, tmp_path)
         assert (tmp_path / "small_lm.png").exists()
 
 
@@ -53,6 +53,18 @@ def test_a_variant_is_the_model_with_one_change(data):
     assert plain["tokens"] == changed["tokens"] == 256 and plain["curve"] != changed["curve"]
 
 
+@pytest.mark.parametrize("name", ["softmax", "gka", "kla"])
+def test_output_projections_alone_start_small(data, name):
+    changes = {"use_local_values": True} if name == "gka" else {}
+    wide, small = (
+        small_lm.build(name, mlp=32, changes=changes | {"output_start": s}).state_dict() for s in (1.0, 0.25)
+    )
+    for key, weight in wide.items():
+        factor = 0.25 if key.split(".")[-2] in ("o_proj", "local_proj") else 1.0
+        assert torch.equal(factor * weight, small[key])
+    assert any("o_proj" in key for key in wide)
+
+
 def test_results_of_other_settings_are_not_gone_on_with(tmp_path):
     assert record.continued("x", {"budget": 1}, tmp_path) == {}
     record.write("x", {"budget": 1, "models": {"a": 2}}, tmp_path)
@@ -63,9 +75,11 @@ def test_results_of_other_settings_are_not_gone_on_with(tmp_path):
 def test_other_batches_take_as_many_tokens_and_have_files_of_their_own(data, tmp_path):
     row = small_lm.run(("softmax", {}, 1e-2), CPU, data, 8 * 128, size=2)
     assert row["tokens"] == 256 and row["curve"][0] == (64, row["curve"][0][1])
-    assert small_lm.file_name(small_lm.BATCH) == "small_lm" and small_lm.file_name(64) == "small_lm_64"
-    small_lm.draw({"models": {"softmax": row}, "batch": 64}, tmp_path)
-    assert [path.name for path in tmp_path.glob("*.png")] == ["small_lm_64.png"]
+    names = [small_lm.file_name(b, s) for b in (small_lm.BATCH, 64) for s in (small_lm.OUTPUT_START, 1.0, 0.5)]
+    assert names[:3] == ["small_lm", "small_lm_wide", "small_lm_start0.5"]
+    assert names[3:] == ["small_lm_64", "small_lm_64_wide", "small_lm_64_start0.5"]
+    small_lm.draw({"models": {"softmax": row}, "batch": 64, "output_start": 1.0}, tmp_path)
+    assert [path.name for path in tmp_path.glob("*.png")] == ["small_lm_64_wide.png"]
 
 
 def test_unknown_groups_are_refused():
