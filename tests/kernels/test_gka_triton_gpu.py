@@ -119,7 +119,7 @@ def test_one_token_at_a_time_is_the_whole():
 @pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize(("length", "kind"), [(1, "plain"), (2, "plain"), (4, "packed+padded"), (8, "packed")])
 def test_a_few_tokens_after_a_prefix(length, kind, width, dtype):
-    """A token, and several solved together, from a state that 200 tokens left, under slow decay."""
+    """From a state that 200 tokens left, under slow decay."""
     prefix, _ = case(200, "plain", torch.float32, width=width, value_width=width)
     _, state = call([t.double() for t in prefix], EXACT, None)
     inputs, segments = case(length, kind, dtype, width=width, value_width=width)
