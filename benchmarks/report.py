@@ -205,11 +205,12 @@ def starts(result):
     rows.sort(key=lambda row: row[-1])
     return [
         "### How small the outputs of mixers should start\n",
-        "Bits per byte along the first 150 steps of 2,048 tokens, 3 M parameters, two seeds; the number behind GKA is "
-        "`output_initializer_factor`, and noise what the first mixer adds to the residual stream before training, over "
-        "the size of the embeddings "
-        f"([JSON](../benchmarks/results/output_start.json), {device(result)}). The models above start with a factor of "
-        "1, as their peers do.\n",
+        "Bits per byte along the first 150 steps of 2,048 tokens, 3 M parameters, two seeds; a number behind a name is "
+        "the start of the output projections over that of other weights, 1 where there is none (GKA's "
+        "`output_initializer_factor`), and noise what the first mixer adds to the residual stream before training, "
+        "over the size of the embeddings "
+        f"([JSON](../benchmarks/results/output_start.json), {device(result)}). In recall, word problems and "
+        "MAD all start with 1.\n",
         table(["", "noise", *(f"{step} steps" for step in steps)], rows) + "\n",
     ]
 

@@ -304,7 +304,9 @@ def main():
     parser.add_argument("corpus", nargs="+", type=Path)
     parser.add_argument("--tokens", type=int, default=16_000_000)
     parser.add_argument("--batch", type=int, default=BATCH, help="windows a step")
-    parser.add_argument("--output-start", type=float, default=OUTPUT_START)
+    parser.add_argument(
+        "--output-start", type=float, default=OUTPUT_START, help="of mixers' output projections, over other weights'"
+    )
     parser.add_argument("--models", nargs="+", choices=[*OURS, *PEERS], default=[*OURS, *PEERS])
     parser.add_argument("--workers", type=int, help="processes that train; two for each GPU, one without one")
     parser.add_argument("--only", choices=["quality", "speed"], help="one half alone")
