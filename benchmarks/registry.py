@@ -117,9 +117,32 @@ def _ours(config, model, width, head, layers, **fields):
     )
 
 
-def _gka(width, head, layers, **fields):
+class ConstantRidge(nn.Module):
+    """What stands for the operator of a bare GKA layer: y_t = U_t (H_t + ridge I)^-1 q_t, by MesaNet's kernels."""
+
+    def __init__(self, ridge: float) -> None:
+        super().__init__()
+        self.ridge = ridge
+
+    def forward(self, query, key, value, log_decay, solution_mix, key_log_decay, input_gate, *_):
+        """(outputs, None); all gates have to be absent."""
+        from fla.ops.mesa_net import chunk_mesa_net
+
+        if any(gate is not None for gate in (log_decay, solution_mix, key_log_decay, input_gate)):
+            raise ValueError("a constant ridge is made for the layer without gates")
+        ones = query.new_ones(query.shape[:3])
+        ridge = query.new_full(query.shape[2:], self.ridge, dtype=torch.float32)
+        return chunk_mesa_net(query, key, value, torch.zeros_like(ones).float(), ones, ridge, max_CG_iteration=30)[
+            0
+        ], None
+
+
+def _gka(width, head, layers, constant_ridge=None, **fields):
     fields = {"solver": "cg", "solver_iterations": 20, "output_initializer_factor": 1.0} | fields
-    return [layer.mixer for layer in _ours(GKAConfig, GKAModel, width, head, layers, **fields).layers]
+    mixers = [layer.mixer for layer in _ours(GKAConfig, GKAModel, width, head, layers, **fields).layers]
+    for mixer in mixers if constant_ridge is not None else ():
+        mixer.operator = ConstantRidge(constant_ridge)
+    return mixers
 
 
 def _kla(width, head, layers, **fields):

@@ -111,6 +111,7 @@ def ablations():
         ("gka", "with output gate"): {"use_output_gate": True},
         ("gka", "with all four"): dict.fromkeys(BARE["gka"], True),
         **{("gka", f"ridge ratio {r}"): {"ridge_ratio": r} for r in (0.005, 0.01, 0.05, 0.1)},
+        **{("gka", f"constant ridge {r:g}"): {"constant_ridge": r} for r in (1.0, 0.1)},
         **{("gka", f"{n} iterations"): {"solver_iterations": n} for n in (0, 1, 2, 5, 10)},
         ("gka", "30 Chebyshev iterations"): {"solver": "chebyshev", "solver_iterations": 30},
         ("kla", "zero-order hold"): {"discretization": "zoh"},

@@ -4,7 +4,9 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import run as tasks
@@ -33,6 +35,29 @@ def test_models_are_causal_and_start_from_their_seed(model):
     with torch.no_grad():
         a, b = net(tokens), net(changed)
     assert torch.equal(a[:, :12], b[:, :12]) and not torch.equal(a[:, 12:], b[:, 12:])
+
+
+def test_a_constant_ridge_takes_the_place_of_the_adaptive_one(monkeypatch):
+    def dense(query, key, value, log_decay, gate, ridge, max_CG_iteration):  # noqa: N803 (the library's name)
+        assert not log_decay.any() and (gate == 1).all() and max_CG_iteration == 30
+        gram = torch.einsum("bthi,bthj->bthij", key, key).cumsum(1) + torch.diag_embed(ridge)
+        state = torch.einsum("bthi,bthj->bthij", value, key).cumsum(1)
+        return (state @ torch.linalg.solve(gram, query[..., None]))[..., 0], None
+
+    for name in ("fla", "fla.ops", "fla.ops.mesa_net"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(chunk_mesa_net=dense))
+    tokens = torch.randint(32, (2, 20))
+
+    def logits(**fields):
+        size = replace(SIZE, fields=tasks.BARE["gka"] | {"rms_norm_eps": 1e-20} | fields)
+        with torch.no_grad():
+            return build(Cell("gka", "recall", size), TASK, 0)(tokens)
+
+    # A ridge far above every eigenvalue is no solve at all, up to a factor that the norm behind it takes away.
+    assert torch.allclose(logits(constant_ridge=1e3), logits(solver_iterations=0), atol=1e-3, rtol=1e-2)
+    assert not torch.allclose(logits(constant_ridge=0.1), logits(solver_iterations=0), atol=1e-3, rtol=1e-2)
+    with pytest.raises(ValueError, match="without gates"):
+        logits(constant_ridge=0.1, use_decay=True)
 
 
 @pytest.mark.parametrize(("name", "config", "model"), [("gka", GKAConfig, GKAModel), ("kla", KLAConfig, KLAModel)])
