@@ -3,9 +3,10 @@
     pip install flash-linear-attention==0.6.0 einops
     python benchmarks/tasks/run.py mqar|words|long-words|mad|ablations|iterations|all [--models gka ...] [--limit 600]
 
-On GPUs (all that are visible) many models train at once, see `runner.py`. Results: `results/tasks_<study>.json`, one
-object for each cell with the rates tried, every seed's curve and tests; cells that it holds already are not run again.
-Sizes, rates and steps are those of `STUDIES`; MLPs are SwiGLU, AdamW has betas (0.9, 0.98), weight decay 0.1 on
+On GPUs (all that are visible) many models train at once, see `runner.py`; processes of one GPU take turns unless CUDA's
+multi-process service runs (`nvidia-cuda-mps-control -d`; some ten processes). Results: `results/tasks_<study>.json`,
+one object for each cell with the rates tried, every seed's curve and tests; cells that it holds already are not run
+again. Sizes, rates and steps are those of `STUDIES`; MLPs are SwiGLU, AdamW has betas (0.9, 0.98), weight decay 0.1 on
 matrices, 10 % warm-up and a cosine to 5 %; bfloat16 autocast. Tests are drawn apart from training and choice of rates.
 """
 
