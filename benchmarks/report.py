@@ -42,6 +42,7 @@ NAMES = {
     "attention": "softmax attention",
     "softmax": "softmax attention",
     "gka": "**GKA**",
+    tasks.LOCAL: "**GKA** with local values",
     "kla": "**KLA**",
     "mamba2": "Mamba-2",
     "gla": "GLA",
@@ -131,10 +132,10 @@ def words(result):
     ]
     depths = sorted({cell["layers"] for cell in cells})
     rows = []
-    for model in dict.fromkeys(cell["model"] for cell in cells):
-        row = [NAMES[model]]
+    for label in dict.fromkeys(cell["label"] for cell in cells):
+        row = [NAMES[label]]
         for depth in depths:
-            own = [cell for cell in cells if (cell["model"], cell["layers"]) == (model, depth)]
+            own = [cell for cell in cells if (cell["label"], cell["layers"]) == (label, depth)]
             row += [", ".join(str(longest(run["tests"]["whole"])) for run in cell["runs"]) for cell in own] or [""]
         rows.append(row)
     parts.append(table(["blocks", *depths], rows) + "\n")

@@ -72,14 +72,23 @@ def mqar():
     return Study(tuple(cells), {"mqar": RECALL}, 65536, 512)
 
 
-LABELS = (*MODELS, "delta_product")
-WORDS = ("kla", "gka", "attention", "mamba2", "gated_delta_net", "delta_product")
+# A path around the state, as KLA and Mamba-2 have it.
+LOCAL = "gka with local values"
+LABELS = (*MODELS, "delta_product", LOCAL)
+WORDS = ("kla", "gka", LOCAL, "attention", "mamba2", "gated_delta_net", "delta_product")
 
 
 def _words(length, steps, batch, depths, models, groups, rates, seeds=2):
     sizes = [Size(layers=n, mlp=256, batch=batch, steps=steps, rates=rates, seeds=seeds) for n in depths]
     tasks = {g: Task(Word(g, length), {"whole": Word(g, length)}, by_position=True) for g in groups}
-    cells = tuple(Cell(model, g, size) for g in groups for size in sizes for model in models)
+    cells = tuple(
+        Cell("gka", g, replace(size, fields={"use_local_values": True}), LOCAL)
+        if model == LOCAL
+        else Cell(model, g, size)
+        for g in groups
+        for size in sizes
+        for model in models
+    )
     return Study(cells, tasks, 2**19, 2048)
 
 
@@ -164,7 +173,7 @@ STUDIES = {
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("study", choices=[*STUDIES, "all"])
-    parser.add_argument("--models", nargs="+", choices=LABELS)
+    parser.add_argument("--models", nargs="+", choices=LABELS[:-1])
     parser.add_argument("--workers", type=int, help="processes; two for each GPU, two without one")
     parser.add_argument("--pack", type=int, default=3, help="cells that a process trains side by side")
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no cell is begun")
@@ -236,7 +245,7 @@ def draw(result, folder, name):
     for axis, size in zip(axes[0], sizes, strict=True):
         own = sorted((cell for cell in cells if cell[kind] == size), key=lambda cell: LABELS.index(cell["label"]))
         for cell in own:
-            style = {"label": cell["label"], "marker": "os^vDx+*p"[LABELS.index(cell["label"])], "markersize": 4}
+            style = {"label": cell["label"], "marker": "os^vDx+*ph"[LABELS.index(cell["label"])], "markersize": 4}
             style |= {"color": f"C{LABELS.index(cell['label'])}", "linestyle": "-" if cell["model"] in OURS else "--"}
             if name == "mqar":
                 tests = {pairs: [run["tests"][pairs] for run in cell["runs"]] for pairs in cell["runs"][0]["tests"]}
