@@ -27,33 +27,27 @@ sys.path.insert(0, str(Path(__file__).parent / "tasks"))
 from runner import run_all  # noqa: E402
 
 WIDTH, LAYERS, WINDOW, BATCH, STEPS, RATE, SEEDS, HELD = 192, 4, 256, 8, 150, 2e-3, 2, 32
-FACTORS = (1.0, 0.3, 0.1, 0.03, 0.0)
-SOFTMAX = (GKAConfig, GKAForCausalLM, {"layer_types": ["full_attention"] * LAYERS})
-KLA = (KLAConfig, KLAForCausalLM, {"value_rank": "conv", "variance_rank": WIDTH // 8})
-SMALL = 0.03
+FACTORS, SMALL = (1.0, 0.3, 0.1, 0.03, 0.0), 0.03
+KINDS = {
+    "softmax attention": (GKAConfig, GKAForCausalLM, {"layer_types": ["full_attention"] * LAYERS}),
+    "kla": (KLAConfig, KLAForCausalLM, {"value_rank": "conv", "variance_rank": WIDTH // 8}),
+    "gka": small_lm.OURS["gka"],
+}
+# Kinds and how their output projections start, over other weights.
 MODELS = {
-    "softmax attention": SOFTMAX,
-    f"softmax attention, {SMALL:g}": SOFTMAX,
-    "kla": KLA,
-    f"kla, {SMALL:g}": KLA,
-    **{
-        f"gka, {factor:g}": (
-            GKAConfig,
-            GKAForCausalLM,
-            {"solver": "cg", "solver_iterations": 20, "output_initializer_factor": factor},
-        )
-        for factor in FACTORS
-    },
+    "softmax attention": ("softmax attention", 1.0),
+    f"softmax attention, {SMALL:g}": ("softmax attention", SMALL),
+    "kla": ("kla", 1.0),
+    f"kla, {SMALL:g}": ("kla", SMALL),
+    **{f"gka, {factor:g}": ("gka", factor) for factor in FACTORS},
 }
 
 
 def build(name, seed):
-    config, model, fields = MODELS[name]
+    kind, factor = MODELS[name]
+    config, model, fields = KINDS[kind]
     torch.manual_seed(seed)
-    made = model(config(**small_lm.shape(WIDTH, LAYERS, 2 * WIDTH, WINDOW), **fields))
-    # GKA's configuration has the factor itself.
-    small = "output_initializer_factor" not in fields and name.endswith(f", {SMALL:g}")
-    return start_outputs(made, SMALL) if small else made
+    return start_outputs(model(config(**small_lm.shape(WIDTH, LAYERS, 2 * WIDTH, WINDOW), **fields)), factor)
 
 
 @torch.no_grad()

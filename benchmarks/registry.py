@@ -131,10 +131,9 @@ class ConstantRidge(nn.Module):
         if any(gate is not None for gate in (log_decay, solution_mix, key_log_decay, input_gate)):
             raise ValueError("a constant ridge is made for the layer without gates")
         ones = query.new_ones(query.shape[:3])
+        zeros = torch.zeros_like(ones, dtype=torch.float32)
         ridge = query.new_full(query.shape[2:], self.ridge, dtype=torch.float32)
-        return chunk_mesa_net(query, key, value, torch.zeros_like(ones).float(), ones, ridge, max_CG_iteration=30)[
-            0
-        ], None
+        return chunk_mesa_net(query, key, value, zeros, ones, ridge, max_CG_iteration=30)[0], None
 
 
 def _gka(width, head, layers, constant_ridge=None, **fields):

@@ -224,22 +224,26 @@ LANGUAGE = {
 
 
 def language(result):
-    speed = load("small_lm_speed") or {"models": {}}
-    costs = {name: cost(row) for name, row in speed["models"].items() if "median_ms" in row}
     parts = [
         "## Small language models\n",
         f"Wikipedia articles and passages ({result['training_tokens'] / 1e6:.1f} M different tokens), byte-level BPE "
         "of 8,192 tokens, windows of 512, 8 layers of width 384, MLPs that make all models equally large (20.7 M "
         "parameters), the best rate of a grid at a quarter of the budget, one seed.\n",
     ]
-    if costs:
-        parts.append(
-            "Speed and memory: training steps of 64 windows, one model after the other on a free GPU "
-            "([JSON](../benchmarks/results/small_lm_speed.json)).\n"
-        )
     for name, lead in LANGUAGE.items():
         if (found := load(name)) is not None:
-            parts += [f"{lead}\n", *losses(found, name, costs), *changed(found)]
+            parts += [f"{lead}\n", *losses(found, name), *changed(found)]
+    if (speed := load("small_lm_speed")) is not None:
+        rows = [
+            [NAMES[name], f"{row['tokens_per_s']:,}", f"{row['peak_mib'] / 1024:.1f}"]
+            for name, row in speed["models"].items()
+            if "median_ms" in row
+        ]
+        parts += [
+            "Speed and memory: training steps of 64 windows, one model after the other on a free GPU "
+            f"([JSON](../benchmarks/results/small_lm_speed.json), {device(speed)}).\n",
+            table(["", "tokens/s", "peak GiB"], rows) + "\n",
+        ]
     return parts
 
 
@@ -248,14 +252,14 @@ def changed(result):
     known = [f"{model}: {name}" for model, own in VARIANTS.items() for name in ("as it is", *own)]
     variants = {name: row for name, row in result["variants"].items() if "curve" in row}
     names = sorted(variants, key=lambda name: known.index(name) if name in known else len(known))
-    if not names:
+    if len(names) < 2:
         return []
     rows = [[name, f"{variants[name]['held_out_bits_per_byte']:.3f}"] for name in names]
     return ["A quarter of the budget, one change each:\n", table(["", "bits/byte"], rows) + "\n"]
 
 
-def losses(result, name, costs):
-    """What was trained, its curves and its table; `costs` are the columns of speed and memory, by model."""
+def losses(result, name):
+    """What was trained, its curves and its table."""
     models = {model: row for model, row in result["models"].items() if "curve" in row}
     tokens = next(iter(models.values()))["tokens"]
     rows = [
@@ -264,7 +268,6 @@ def losses(result, name, costs):
             f"{row['held_out_bits_per_byte']:.3f}",
             f"{next(b for t, b in row['curve'] if t >= tokens / 4):.3f}",
             f"{row['learning_rate']:g}",
-            *(costs.get(model, ("", "")) if costs else ()),
         ]
         for model, row in sorted(models.items(), key=lambda pair: pair[1]["held_out_bits_per_byte"])
     ]
@@ -275,13 +278,8 @@ def losses(result, name, costs):
         f"([JSON](../benchmarks/results/{name}.json), {device(result)})"
         + (f"; not run: {', '.join(missing)}.\n" if missing else ".\n"),
         f"![held-out bits per byte over tokens](../benchmarks/results/{name}.png)\n",
-        table(["", "bits/byte", "at a quarter", "rate", *(["tokens/s", "peak GiB"] if costs else [])], rows) + "\n",
+        table(["", "bits/byte", "at a quarter", "rate"], rows) + "\n",
     ]
-
-
-def cost(row):
-    """Tokens per second and GiB of a model's training steps."""
-    return f"{row['tokens_per_s']:,}", f"{row['peak_mib'] / 1024:.1f}"
 
 
 def solvers(result):
@@ -354,6 +352,7 @@ def page():
             missing.append(f"`{name}`")
         else:
             parts += section(result)
+    missing += [f"`{name}`" for name in (*LANGUAGE, "small_lm_speed") if load(name) is None]
     if missing:
         parts.append(f"Not measured yet: {', '.join(missing)}.\n")
     return "\n".join(parts)

@@ -10,9 +10,8 @@ same blocks (`registry.py`), with MLPs that make all models equally large. The o
 `--output-start` of the deviation of other weights, GKA's default. `results/small_lm.json` (64 windows a step:
 `small_lm_64.json`; a start of 1: `small_lm_wide.json`) and a plot: held-out bits per byte against tokens; for KLA also
 how its marginal entropy goes with the loss of the same token; variants of GKA and KLA at a quarter of the budget, each
-at its model's rate.
-`results/small_lm_speed.json`: training steps of 64 windows, model after model in a process of its own with nothing else
-on the device, kernels tuned before.
+at its model's rate. `results/small_lm_speed.json`: training steps of 64 windows, model after model in a process of its
+own with nothing else on the device, kernels tuned before.
 """
 
 import argparse
@@ -103,10 +102,13 @@ def shape(width, layers, mlp, window):
     }
 
 
-def build(name, seed=0, mlp=None, changes=None, start=OUTPUT_START):
-    """The model; its MLPs as wide as makes it as large as the others, its mixers' outputs as small as `start` says."""
-    changes = dict(changes or {})
-    start = changes.pop("output_start", start)
+def build(name, seed=0, mlp=None, changes=None):
+    """The model; its MLPs as wide as makes it as large as the others.
+
+    `changes`: fields of its configuration and `output_start`, how its mixers' outputs start.
+    """
+    changes = {"output_start": OUTPUT_START} | (changes or {})
+    start = changes.pop("output_start")
     if mlp is None:
         sizes = [sum(p.numel() for p in build(name, seed, width).parameters()) for width in (256, 512)]
         per_width = (sizes[1] - sizes[0]) / 256
@@ -179,10 +181,10 @@ def set_rate(optimizer, rate, step, steps, warm):
         group["lr"] = rate
 
 
-def train(name, data, budget, rate, evaluations, device, changes=None, size=None, start=OUTPUT_START):
+def train(name, data, budget, rate, evaluations, device, changes=None, size=None):
     """Losses along the way and the final bits per byte; AdamW, cosine, bfloat16 autocast."""
     training, held, held_bytes, share = data
-    model = build(name, changes=changes, start=start).to(device).train()
+    model = build(name, changes=changes).to(device).train()
     optimizer = torch.optim.AdamW(weight_decay_groups(model, 0.1), rate, betas=(0.9, 0.95))
     size = BATCH if size is None else size
     steps = budget // (size * WINDOW)
@@ -255,19 +257,20 @@ def draw(result, folder):
 def run(job, device, data, budget, size=None, start=OUTPUT_START):
     """One model, rates searched, or one variant of a model at a known rate."""
     name, changes, rate = job
+    own = {"output_start": start}
     if device.type == "cuda":
         without_tuning()
     if changes is not None:
-        return train(name, data(device), budget // 4, rate, 4, device, changes, size, start)[1]
+        return train(name, data(device), budget // 4, rate, 4, device, own | changes, size)[1]
     data = data(device)
     rates, search = list(RATES), {}
     for rate in rates:
-        row = train(name, data, budget // 4, rate, 1, device, size=size, start=start)[1]
+        row = train(name, data, budget // 4, rate, 1, device, own, size)[1]
         search[rate] = row["held_out_bits_per_byte"]
         best = min(search, key=search.__getitem__)
         if rate == rates[-1] == best:
             rates.append(2 * rate)
-    model, row = train(name, data, budget, best, 12, device, size=size, start=start)
+    model, row = train(name, data, budget, best, 12, device, own, size)
     row["search"] = search
     if name == "kla":
         row["uncertainty"] = uncertainty(model, data[1])

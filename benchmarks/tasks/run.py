@@ -25,7 +25,7 @@ import torch
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 from record import RESULTS, continued, drawing, environment, write  # noqa: E402
-from registry import MODELS, OURS, Cell, Size  # noqa: E402
+from registry import MIXERS, MODELS, OURS, Cell, Size  # noqa: E402
 from runner import run_all, run_cells  # noqa: E402
 from sequences import Mad, Recall, Word  # noqa: E402
 
@@ -74,7 +74,7 @@ def mqar():
 
 # A path around the state, as KLA and Mamba-2 have it.
 LOCAL = "gka with local values"
-LABELS = (*MODELS, "delta_product", LOCAL)
+LABELS = (*MIXERS, LOCAL)
 WORDS = ("kla", "gka", LOCAL, "attention", "mamba2", "gated_delta_net", "delta_product")
 
 
@@ -173,7 +173,7 @@ STUDIES = {
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("study", choices=[*STUDIES, "all"])
-    parser.add_argument("--models", nargs="+", choices=LABELS[:-1])
+    parser.add_argument("--models", nargs="+", choices=[*MIXERS])
     parser.add_argument("--workers", type=int, help="processes; two for each GPU, two without one")
     parser.add_argument("--pack", type=int, default=3, help="cells that a process trains side by side")
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no cell is begun")
