@@ -2,6 +2,8 @@
 
     python benchmarks/gka_gpu.py [--sections prefill decode scaling ceilings]
 
+Sections that are not named stay as the file has them, each with the environment that it was measured in.
+
 `mesa_net` (fla-core 0.6.0, the same ridge regression with a fixed ridge and 30 conjugate-gradient steps) takes part
 when it is installed. Forward is timed without gradients, forward+backward with gradients of every input but the state.
 """
@@ -14,7 +16,7 @@ from pathlib import Path
 
 import torch
 from gpu_timing import ceilings, extra_memory, milliseconds, plot_scaling, replayed
-from record import RESULTS, environment, write
+from record import RESULTS, continued, environment, write
 
 from kalman_kernels import GKASolver, GKAState, gated_kalmanet, gated_kalmanet_step
 from kalman_kernels.gka import MixerInputs, MixerOptions, gka_mixer_step
@@ -142,26 +144,45 @@ def ratios(rows):
     return out
 
 
+def settled(batch, heads, width):
+    """The states that 2,048 tokens left, the same for every row of the batch."""
+    *tensors, gate = problem(1, 2048, heads, width, 0.99)
+    state = gated_kalmanet(*tensors, input_gate=gate, solver=GKASolver("none"))[1]
+    return GKAState(*(part.expand(batch, -1, -1, -1).contiguous() for part in state))
+
+
+# As logits of the input gate and of what decays, and as the gate itself: nothing is added, nothing decays. Replays of a
+# step then meet the same states, and the solve its ordinary difficulty: a token that comes again and again would leave
+# states of rank one, which conjugate gradients solve in two iterations.
+CLOSED, CLOSED_GATE = -30.0, 1e-6
+
+
 def mixer_inputs(batch, heads, width, dtype=torch.bfloat16, taps=4):
     def normal(*shape):
         return torch.randn(*shape, device="cuda", dtype=dtype)
 
-    channels = heads * width
-    root = torch.randn(heads, width, width, device="cuda")
-    gram = (root @ root.mT / width).expand(batch, -1, -1, -1).contiguous()
+    channels, state = heads * width, settled(batch, heads, width)
+    closed = torch.full((batch, 1, heads), CLOSED, device="cuda", dtype=dtype)
     return MixerInputs(
         *(normal(batch, 1, heads, width) for _ in range(3)),
-        *(normal(batch, 1, heads) for _ in range(3)),
+        closed,
+        normal(batch, 1, heads),
+        closed,
         normal(batch, 1, heads, width),
         *(normal(batch, channels, taps - 1) for _ in range(3)),
         *(normal(channels, taps) for _ in range(3)),
         torch.zeros(heads, device="cuda"),
         torch.full((heads,), -4.0, device="cuda"),
         torch.ones(width, device="cuda", dtype=dtype),
-        gram,
-        torch.randn(batch, heads, width, width, device="cuda"),
+        *state,
         None,
     )
+
+
+def step_inputs(batch, length, heads, width, dtype=torch.bfloat16):
+    """(query, key, value, log_decay, mix), gate."""
+    query, key, value, log_decay, mix, gate = problem(batch, length, heads, width, 0.99, dtype)
+    return (query, key, value, torch.zeros_like(log_decay), mix), torch.full_like(gate, CLOSED_GATE)
 
 
 def decode(rows, save):
@@ -172,21 +193,10 @@ def decode(rows, save):
         moved = 2 * 4 * 2 * batch * heads * width * width
         row = {"batch": batch, "heads": heads, "width": width, "state_bytes_moved": moved}
 
-        def step(count, every=False, batch=batch, heads=heads, width=width, state=state):
-            tensors = problem(batch, count, heads, width, 0.99)
-            query, key, value, log_decay, mix, gate = tensors
-            return lambda: gated_kalmanet_step(
-                query,
-                key,
-                value,
-                log_decay,
-                mix,
-                input_gate=gate,
-                state=state,
-                solver=solver,
-                in_place=True,
-                every_state=every,
-            )
+        def step(count, batch=batch, heads=heads, width=width, state=state):
+            tensors, gate = step_inputs(batch, count, heads, width)
+            options = {"input_gate": gate, "state": state, "solver": solver, "in_place": True}
+            return lambda: gated_kalmanet_step(*tensors, **options)
 
         options = MixerOptions(True, True, True, width**-0.5, 1e-6)
         cases = {
@@ -278,9 +288,13 @@ def main():
     if options.tune:
         tune()
         return
-    result = {"environment": environment("cuda"), "dtype": "bfloat16", "prefill": [], "decode": [], "scaling": []}
+    now = environment("cuda")
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        result["environment"]["versions"]["fla-core"] = importlib.metadata.version("fla-core")
+        now["versions"]["fla-core"] = importlib.metadata.version("fla-core")
+    result = continued("gka_gpu", {"dtype": "bfloat16", "device": now["device"]}, options.output)
+    result = result or {"dtype": "bfloat16", "device": now["device"], "environments": {}, "prefill": []}
+    for name in options.sections:
+        result["environments"][name], result[name] = now, {} if name == "ceilings" else []
 
     def save():
         result["ratios"] = ratios(result["prefill"])

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from kalman_streaming import DOMAINS, one_pass
-from record import RESULTS, drawing, environment, write
+from record import RESULTS, continued, drawing, environment, write
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -171,8 +171,7 @@ def main():
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     result = {"environment": environment(), "batch": BATCH, "search": [], "runs": [], "map": []}
-    file = options.output / "kalman_defaults.json"
-    old = json.loads(file.read_text()) if options.resume and file.is_file() else {}
+    old = continued("kalman_defaults", {"batch": BATCH}, options.output) if options.resume else {}
     done = {name(row): row for kind in ("search", "runs", "map") for row in old.get(kind, [])}
 
     def found(task, method, value, seed, more=None):

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 from healing_text import clean
-from record import RESULTS, environment, write
+from record import RESULTS, continued, environment, write
 from torch.utils.data import IterableDataset
 
 DOMAINS = {"shakespeare": "shakespeare.txt.gz", "wikipedia": "wikipedia_articles.txt.gz", "brown": "brown.txt.gz"}
@@ -322,8 +322,7 @@ def main():
         "window": WINDOW,
         "segments": {b: options.segment or SEGMENT[b] for b in options.batches},
     }
-    file = options.output / "kalman_streaming.json"
-    kept = json.loads(file.read_text()) if options.resume and file.is_file() else {}
+    kept = continued("kalman_streaming", {"window": WINDOW}, options.output) if options.resume else {}
     kept = {name: {key(row): row for row in kept.get(name, [])} for name in ("search", "runs")}
     result["segments"] |= {b: SEGMENT[b] for rows in kept.values() for b, *_ in rows}
     with context.Pool(options.jobs, start, (options.model, options.corpus, devices, counter)) as pool:
