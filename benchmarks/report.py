@@ -106,7 +106,7 @@ def recall(result):
         "tokens for each pair (64 at least), so 256 pairs in 2,048 tokens are longer than anything trained on. Mean "
         f"and standard deviation over seeds; {study['search']}. Softmax attention stands behind the short convolution "
         "that all others have "
-        f"([JSON](../benchmarks/results/tasks_mqar.json), {device(result)}, {tasks_time(result)}).\n",
+        f"({origin('tasks_mqar', result)}).\n",
         "![accuracy over pairs](../benchmarks/results/tasks_mqar.png)\n",
     ]
     for width in sorted({cell["width"] for cell in done(result)}):
@@ -127,7 +127,7 @@ def words(result):
         "The word problem of A5 (arXiv 2404.08819): after each of 16 random elements, the product so far. Entries: the "
         "longest word with at least 90 % right answers, for each seed. Width 128, SwiGLU MLPs; "
         f"{study['steps']:,} steps of {study['batch']} words "
-        f"([JSON](../benchmarks/results/tasks_words.json), {device(result)}, {tasks_time(result)}).\n",
+        f"({origin('tasks_words', result)}).\n",
         "![accuracy over positions](../benchmarks/results/tasks_words.png)\n",
     ]
     depths = sorted({cell["layers"] for cell in cells})
@@ -154,7 +154,7 @@ def mad(result):
     for model in dict.fromkeys(cell["model"] for cell in cells):
         own = {c["task"]: spread([run["tests"]["test"] for run in c["runs"]]) for c in cells if c["model"] == model}
         rows.append([NAMES[model], *(own.get(name, "") for name in names)])
-    note = f"([JSON](../benchmarks/results/tasks_mad.json), {device(result)}, {tasks_time(result)})"
+    note = f"({origin('tasks_mad', result)})"
     head = "## MAD\n\nThe six tasks of arXiv 2403.17844, two blocks of width 128; share of right answers, three seeds"
     return [f"{head} {note}.\n", table(["%", *names], rows) + "\n"]
 
@@ -167,7 +167,7 @@ def ablations(result):
     return [
         "### What the parts do\n",
         "One change to the bare layer each, width 64, three seeds at the rate that is best for the bare layer "
-        f"([JSON](../benchmarks/results/tasks_ablations.json), {device(result)}, {tasks_time(result)}).\n",
+        f"({origin('tasks_ablations', result)}).\n",
         table(["%", *(f"{p} pairs" for p in pairs)], rows) + "\n",
     ]
 
@@ -308,10 +308,37 @@ def solvers(result):
     ]
 
 
-def tasks_time(result):
-    """Seconds of all cells: several train at once, so this is what they held, not what passed."""
-    seconds = sum(cell["seconds"] for cell in done(result))
-    return f"{seconds / 60:.0f} process-minutes, {result['processes'] / result['devices']:.0f} at once on a device"
+def device_minutes(rows, result):
+    """Minutes that rows held a device: their seconds over the processes that shared it."""
+    return sum(row["seconds"] for row in rows) * result["devices"] / result["processes"] / 60
+
+
+def origin(name, result):
+    """Where the figures of a study are, what they were measured on, and how long that took."""
+    minutes = device_minutes(done(result), result)
+    return f"[JSON](../benchmarks/results/{name}.json), {device(result)}, {minutes:.0f} minutes of a device"
+
+
+def cost():
+    """What it takes to run the studies that train many models."""
+    rows, total = [], 0.0
+    for name in (*(f"tasks_{name}" for name in tasks.STUDIES), *LANGUAGE):
+        if (result := load(name)) is None:
+            continue
+        runs = [*result["models"].values(), *result["variants"].values()] if name in LANGUAGE else done(result)
+        timed = [row for row in runs if "seconds" in row]
+        if timed:
+            minutes = device_minutes(timed, result)
+            rows.append([name, len(timed), f"{minutes:.0f}", device(result)])
+            total += minutes
+    if not rows:
+        return []
+    return [
+        "## Time to run it\n",
+        f"Minutes of a device for what stands above, {total:.0f} in all, without what was measured before the time was "
+        "recorded (small language models with a wide start) and what ran on a CPU (solvers).\n",
+        table(["study", "runs", "minutes", "device"], rows) + "\n",
+    ]
 
 
 def long_context(result):
@@ -352,6 +379,7 @@ def page():
             missing.append(f"`{name}`")
         else:
             parts += section(result)
+    parts += cost()
     missing += [f"`{name}`" for name in (*LANGUAGE, "small_lm_speed") if load(name) is None]
     if missing:
         parts.append(f"Not measured yet: {', '.join(missing)}.\n")
