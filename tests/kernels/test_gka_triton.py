@@ -19,6 +19,7 @@ from gka_inputs import (
 from kalman_kernels import GKASolver, GKAState, gated_kalmanet_step
 
 triton_forward = pytest.importorskip("kalman_kernels.gka.triton_forward")
+triton_step = pytest.importorskip("kalman_kernels.gka.triton_step")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU tests run the same kernels compiled")
 
 CG = GKASolver("cg", 16)
@@ -124,9 +125,11 @@ def test_values_and_keys_far_from_one_survive_half_precision():
     assert relative_error(outputs, exact) <= 5e-3
 
 
-@pytest.mark.parametrize("length", [1, 4])
+# Tokens of more heads than `side_by_side` are solved one after the other.
+@pytest.mark.parametrize(("length", "side_by_side"), [(1, 32), (4, 32), (4, 0)])
 @pytest.mark.parametrize("solver", [GKASolver("cg", 24), GKASolver("chebyshev", 30), GKASolver("cg", 0)])
-def test_a_step_is_the_reference_and_keeps_every_state(length, solver):
+def test_a_step_is_the_reference_and_keeps_every_state(length, side_by_side, solver, monkeypatch):
+    monkeypatch.setattr(triton_step, "SPREAD_PROGRAMS", side_by_side)
     inputs = [t.float() for t in make_inputs(length, **SMALL)]
     wide = [t.double() for t in inputs]
     options = {"every_state": True, "solver": solver}
@@ -152,8 +155,10 @@ def test_a_step_is_the_reference_and_keeps_every_state(length, solver):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("side_by_side", [32, 0])
 @pytest.mark.parametrize(("length", "kind"), [(2, "plain"), (5, "packed+padded"), (8, "packed")])
-def test_several_half_precision_tokens(length, kind, dtype):
+def test_several_half_precision_tokens(length, kind, side_by_side, dtype, monkeypatch):
+    monkeypatch.setattr(triton_step, "SPREAD_PROGRAMS", side_by_side)
     inputs = halved(make_inputs(length, **SMALL, width=12, value_width=20), dtype)
     segments = make_segments(kind, 1, length)
     with torch.no_grad():

@@ -6,6 +6,8 @@ from gka_inputs import EXACT, NAMES, call, gradients, make_cotangents, make_inpu
 
 from kalman_kernels import GKASolver, GKAState, Segments, gated_kalmanet, gated_kalmanet_step
 
+triton_step = pytest.importorskip("kalman_kernels.gka.triton_step")
+
 pytestmark = pytest.mark.gpu
 
 CG = GKASolver("cg", 24)
@@ -117,9 +119,11 @@ def test_one_token_at_a_time_is_the_whole():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("side_by_side", [1024, 0])
 @pytest.mark.parametrize(("length", "kind"), [(1, "plain"), (2, "plain"), (4, "packed+padded"), (8, "packed")])
-def test_a_few_tokens_after_a_prefix(length, kind, width, dtype):
+def test_a_few_tokens_after_a_prefix(length, kind, side_by_side, width, dtype, monkeypatch):
     """From a state that 200 tokens left, under slow decay."""
+    monkeypatch.setattr(triton_step, "SPREAD_PROGRAMS", side_by_side)
     prefix, _ = case(200, "plain", torch.float32, width=width, value_width=width)
     _, state = call([t.double() for t in prefix], EXACT, None)
     inputs, segments = case(length, kind, dtype, width=width, value_width=width)

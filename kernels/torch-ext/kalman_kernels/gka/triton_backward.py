@@ -112,16 +112,17 @@ def adjoint_read_kernel(
     weight, weight_scale = scaled_vector(gate * gate * key_scale * value_scale)
     weights = within(gates + planes + row_gates, number, chunk, row, CHUNK, PACKED) * weight[None, :]
     inside = (dot(dy, tl.trans(values), PRECISION) * weights).to(OPERAND)
+    query_tile = load_rows(query + token * WIDTH, heads * WIDTH, row, count, lines, WIDTH)
+    if METHOD != 0:
+        x = load_rows(solutions + token * WIDTH, heads * WIDTH, row, count, lines, WIDTH)
     result += dot(inside, keys, PRECISION) * weight_scale
     result = result * (dy_scale * scale)[:, None]
-    query_tile = load_rows(query + token * WIDTH, heads * WIDTH, row, count, lines, WIDTH)
     query_dot = tl.sum(query_tile * result, 1)
     if METHOD == 0:
         store_rows(d_query + token * WIDTH, heads * WIDTH, row, count, lines, result, WIDTH)
         tl.store(rows + 3 * planes + place, tl.zeros_like(mix))
         tl.store(rows + 4 * planes + place, query_dot)
     else:
-        x = load_rows(solutions + token * WIDTH, heads * WIDTH, row, count, lines, WIDTH)
         x_dot = tl.sum(x * result, 1) * tl.load(rows + place)
         tl.store(rows + 4 * planes + place, query_dot + mix * (x_dot - query_dot))
         tl.store(rows + 5 * planes + place, query_dot)
@@ -577,8 +578,9 @@ def adjoint_gram_kernel(
     keys, key_scale = scaled_rows(load_rows(key_base, key_heads * WIDTH, row, count, lines, WIDTH), OPERAND)
     into, out, _ = carries(gates + row_gates, number, chunk, row, CHUNK, PACKED)
     gram = load_operand(grams + program * WIDTH * WIDTH, lines, lines, WIDTH, WIDTH)
-    total = dot(keys, gram, PRECISION) + dot(keys, tl.trans(gram), PRECISION)
-    total = total * (out * 0.5 * tl.load(units + program))[:, None]
+    # Scaled apart: a product that another one is added to would be laid out, and done, twice.
+    out_unit = (out * 0.5 * tl.load(units + program))[:, None]
+    total = dot(keys, gram, PRECISION) * out_unit + dot(keys, tl.trans(gram), PRECISION) * out_unit
     if RIDGE:
         weight = tl.load(rows + 2 * planes + place)
         weight += out * out * tl.load(arriving + line * (chunks + 1) + chunk + 1)
@@ -688,9 +690,9 @@ def adjoint_value_kernel(
     store_rows(d_value, heads * VALUE_WIDTH, row, count, value_lines, d_tile * gate[:, None], VALUE_WIDTH)
     tl.store(rows + 4 * planes + place, tl.load(rows + 4 * planes + place) - value_dot * gate)
     pairs = (dot(values, tl.trans(dy), PRECISION) * weights).to(OPERAND)
+    through_gram = load_rows(adjoints + token * WIDTH, heads * WIDTH, row, count, lines, WIDTH)
     total = dot(pairs, mixed, PRECISION) * sizes_scale + dot(values, state, PRECISION) * out[:, None]
     total = total * (gate * value_scale)[:, None]
-    through_gram = load_rows(adjoints + token * WIDTH, heads * WIDTH, row, count, lines, WIDTH)
     total += through_gram * tl.load(rows + planes + place)[:, None]
     gate_gradient = tl.sum(total * keys.to(tl.float32), 1) * key_scale + value_dot
     tl.store(d_gate + token + row * heads, gate_gradient, mask=row < count)

@@ -368,7 +368,8 @@ def solve_kernel(
             key_state = dot(keys, gram, PRECISION) * (1.0 / 16384.0)
             store_rows(d_key + token * WIDTH, heads * WIDTH, row, count, lines, key_state, WIDTH)
     else:
-        norm = chunk_norm(keys, gram, into, decay, weight, PRECISION)
+        later = within(gates + row_gates, number, chunk, row, CHUNK, PACKED, True)
+        norm = chunk_norm(keys, gram, into, decay, later, weight, PRECISION)
         tl.store(norms + place, norm)
     inverse = tl.where(norm > 0, 1.0 / norm, 0.0)
     if not ADJOINT:
@@ -472,19 +473,19 @@ def read_kernel(
 
 
 @triton.jit
-def chunk_norm(keys, gram, into, decay, weight, PRECISION: tl.constexpr):
+def chunk_norm(keys, gram, into, decay, later, weight, PRECISION: tl.constexpr):
     """||H_t||_F for every token of a chunk; `into` holds the unit of `gram`, `weight` the squared gate; README eq. 10.
 
     ||H_t||^2 = e^{2 h_t} ||H_{t-1}||^2 + 2 e^{h_t} k_t^T H_{t-1} k_t + |k_t|^4, summed in closed form.
     """
-    wide, wide_keys = gram.to(tl.float32), keys.to(tl.float32)
-    size = tl.sum(tl.sum(wide * wide, 1), 0)
-    key_key = dot(keys, tl.trans(keys), PRECISION)
-    own = tl.sum(wide_keys * wide_keys, 1)
-    past = into * tl.sum(wide_keys * dot(keys, gram, PRECISION), 1)
-    past += tl.sum(decay * weight[None, :] * key_key * key_key, 1)
-    added = weight * (2.0 * past - weight * own * own)
-    squared = into * into * size + tl.sum(decay * decay * added[None, :], 1)
+    wide = gram.to(tl.float32)
+    size = tl.sum(wide * wide)
+    row = tl.arange(0, keys.shape[0])
+    pairs = dot(keys, tl.trans(keys), PRECISION)
+    pairs = pairs * pairs * decay * weight[None, :]
+    added = tl.sum(tl.where(row[:, None] == row[None, :], pairs, 2.0 * pairs), 1)
+    added += 2.0 * into * tl.sum(keys.to(tl.float32) * dot(keys, gram, PRECISION), 1)
+    squared = into * into * size + tl.sum(later * later * (weight * added)[:, None], 0)
     return tl.sqrt(tl.maximum(squared, 0.0))
 
 

@@ -20,11 +20,11 @@ from .triton_forward import TritonInputs, decay_count, method
 
 __all__ = ["gka_triton_mixer_step", "gka_triton_step"]
 
-
-@triton.jit
-def _row(vector, gram):
-    """A vector as one row, laid out as the rows of `gram`: sums over it then stay inside a warp."""
-    return tl.sum(tl.where(tl.arange(0, gram.shape[0])[:, None] == 0, vector[None, :], 0.0), 0)[None, :]
+# Where the blocks of columns stand among the axes of a value state (rows, 16 columns): with these, each compiler lays
+# rows over the lanes of a warp, and a sum over columns hardly leaves a thread.
+BLOCK_AXIS = tl.constexpr(1 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) else 0)
+# How much larger than asked the squared residual is at which pipelined conjugate gradients take their last step.
+NEAR = tl.constexpr(10.0)
 
 
 @triton.jit
@@ -34,11 +34,15 @@ def _times(gram, row):
 
 
 @triton.jit
-def _solve(gram, query, iterations, ridge, tolerance, METHOD: tl.constexpr):
-    """(gram + ridge ||gram||_F I)^-1 query in float32, gram symmetric; README eqs. 3-5."""
-    norm = tl.sqrt(tl.sum(tl.sum(gram * gram, 1), 0))
+def _solve(gram, query, iterations, ridge, tolerance, METHOD: tl.constexpr, PIPELINED: tl.constexpr):
+    """(gram + ridge ||gram||_F I)^-1 query in float32, gram symmetric; README eqs. 3-5.
+
+    PIPELINED: conjugate gradients whose inner products do not wait for the product with gram (Ghysels & Vanroose 2014)
+    come near the solution. Their residual is a recursion: plain ones start from the true residual and end the work.
+    """
+    norm = tl.sqrt(tl.sum(gram * gram))
     ridge = ridge * norm
-    query = _row(query, gram)
+    query = query[None, :]
     x = tl.zeros_like(query)
     step = 0
     if METHOD == 1:
@@ -46,6 +50,34 @@ def _solve(gram, query, iterations, ridge, tolerance, METHOD: tl.constexpr):
         rr = tl.sum(query * query, 1)
         # An empty state (norm 0) is solved by 0.
         enough = tl.where(norm > 0, tolerance * rr, rr)
+        if PIPELINED:
+            near = NEAR * enough
+            image = _times(gram, query) + ridge * query
+            direction, of_direction, of_that = x, x, x
+            inverse, curvature = tl.zeros_like(rr), tl.zeros_like(rr)
+            # Triton 3.6 and 3.7 compile a loop only if what they look at to go on is defined last.
+            busy = tl.max((rr > enough).to(tl.int32), 0)
+            while (step < iterations) & (busy > 0):
+                product = gram * tl.trans(image)
+                rr = tl.sum(residual * residual, 1)
+                curved = tl.sum(residual * image, 1)
+                of_image = tl.sum(product, 0)[None, :] + ridge * image
+                ratio = rr * inverse
+                curvature = curved - ratio * ratio * curvature
+                inverse = 1.0 / rr
+                length = tl.where(curvature > 0, rr / curvature, 0.0)[:, None]
+                ratio = ratio[:, None]
+                direction = residual + ratio * direction
+                of_direction = image + ratio * of_direction
+                of_that = of_image + ratio * of_that
+                x += length * direction
+                residual -= length * of_direction
+                image -= length * of_that
+                busy = tl.max(((rr > near) & (curvature > 0)).to(tl.int32), 0)
+                step += 1
+            residual = query - _times(gram, x) - ridge * x
+            rr = tl.sum(residual * residual, 1)
+            direction = residual
         busy = tl.max((rr > enough).to(tl.int32), 0)
         while (step < iterations) & (busy > 0):
             image = _times(gram, direction) + ridge * direction
@@ -70,6 +102,12 @@ def _solve(gram, query, iterations, ridge, tolerance, METHOD: tl.constexpr):
             x += change
             step += 1
     return tl.sum(x, 0)
+
+
+@triton.jit
+def _wide(vector):
+    """A vector over the rows of a value state, with axes for its columns."""
+    return tl.expand_dims(vector[:, None], BLOCK_AXIS)
 
 
 @triton.jit
@@ -121,6 +159,17 @@ def _kept(pointer, rate, bias, MIXER: tl.constexpr):
     return tl.exp(log)
 
 
+@triton.jit
+def _mix(pointer, MIXED: tl.constexpr, MIXER: tl.constexpr):
+    """The solution's share in the query that reads; MIXER: stored before its sigmoid."""
+    mix = 1.0
+    if MIXED:
+        mix = tl.load(pointer).to(tl.float32)
+        if MIXER:
+            mix = _round(1.0 / (1.0 + tl.exp(-mix)), pointer)
+    return mix
+
+
 @triton.jit(do_not_specialize=["length", "iterations", "ridge", "tolerance", "scale", "eps"])
 def step_kernel(
     query,
@@ -161,6 +210,7 @@ def step_kernel(
     scale,
     eps,
     METHOD: tl.constexpr,
+    PART: tl.constexpr,
     MIXER: tl.constexpr,
     DECAYS: tl.constexpr,
     GATED: tl.constexpr,
@@ -180,7 +230,8 @@ def step_kernel(
 ):
     """A few tokens of one head. MIXER takes raw projections and does what surrounds the operator in a layer, too.
 
-    DECAYS: 0 none, 1 one for both states, 2 two, 3 for the value state alone. EVERY also stores all states.
+    DECAYS: 0 none, 1 one for both states, 2 two, 3 for the value state alone. EVERY also stores all states. PART: 0 all
+    of it; 1 the solves alone, one program for each token (second axis); 2 all but the solves, done before.
     """
     line = long(tl.program_id(0))
     batch, head = line // heads, line % heads
@@ -192,7 +243,11 @@ def step_kernel(
     offset = rows[:, None] * WIDTH + columns[None, :]
     gram = tl.load(gram_in + line * WIDTH * WIDTH + offset, mask=mask, other=0.0)
     previous = 0
-    for token in range(0, length):
+    last = length - 1
+    if PART == 1:
+        last = tl.program_id(1)
+    q = tl.zeros([BLOCK], tl.float32)
+    for token in range(0, last + 1):
         place = (batch * length + token) * heads + head
         key_at = key + (batch * length + token) * (key_heads * WIDTH)
         query_at = query + (batch * length + token) * (query_heads * WIDTH)
@@ -229,65 +284,76 @@ def step_kernel(
         gram = gram * keep + k[:, None] * k[None, :]
         if EVERY:
             tl.store(grams + place * WIDTH * WIDTH + offset, gram, mask=mask)
-        if METHOD != 0:
-            x = _solve(gram, q, iterations, ridge, tolerance, METHOD)
-            mix = 1.0
-            if MIXED:
-                mix = tl.load(solution_mix + place).to(tl.float32)
-                if MIXER:
-                    mix = _round(1.0 / (1.0 + tl.exp(-mix)), solution_mix)
+        if (PART != 1) & (token == last):
+            # Under way while the solve runs.
+            tl.store(gram_out + line * WIDTH * WIDTH + offset, gram, mask=mask)
+        if (PART == 0) & (METHOD != 0):
+            mix = _mix(solution_mix + place, MIXED, MIXER)
+            x = _solve(gram, q, iterations, ridge, tolerance, METHOD, query.dtype.element_ty != tl.float32)
             q = q + mix * (x - q)
-        tl.store(mixed + place * WIDTH + rows, q, mask=inside)
-        # The key waits beside the query: the value state needs it again.
-        tl.store(mixed + (tl.num_programs(0) * length + place) * WIDTH + rows, k, mask=inside)
-    tl.store(gram_out + line * WIDTH * WIDTH + offset, gram, mask=mask)
-    tl.debug_barrier()
+        if PART == 0:
+            tl.store(mixed + place * WIDTH + rows, q, mask=inside)
+        if PART != 1:
+            # The key waits beside the query: the value state needs it again.
+            tl.store(mixed + (tl.num_programs(0) * length + place) * WIDTH + rows, k, mask=inside)
+    if PART == 1:
+        place = (batch * length + last) * heads + head
+        mix = _mix(solution_mix + place, MIXED, MIXER)
+        x = _solve(gram, q, iterations, ridge, tolerance, METHOD, query.dtype.element_ty != tl.float32)
+        tl.store(mixed + place * WIDTH + rows, q + mix * (x - q), mask=inside)
+    else:
+        tl.debug_barrier()
 
-    mask = value_inside[:, None] & (columns < WIDTH)[None, :]
-    offset = value_rows[:, None] * WIDTH + columns[None, :]
-    state = tl.load(value_key_in + line * VALUE_WIDTH * WIDTH + offset, mask=mask, other=0.0)
-    previous = 0
-    for token in range(0, length):
-        place = (batch * length + token) * heads + head
-        q = tl.load(mixed + place * WIDTH + columns, mask=columns < WIDTH, other=0.0)
-        k = tl.load(mixed + (tl.num_programs(0) * length + place) * WIDTH + columns, mask=columns < WIDTH, other=0.0)
-        value_at = value + (batch * length + token) * (value_heads * VALUE_WIDTH)
-        channel = value_head * VALUE_WIDTH + value_rows
-        if MIXER & VALUE_CONV:
-            past = value_past + batch * (value_heads * VALUE_WIDTH * (TAPS - 1))
-            v = _convolved(value_at, value_heads * VALUE_WIDTH, past, value_taps, token, channel, value_inside, TAPS)
-            v = _round(v, value)
-        else:
-            v = tl.load(value_at + channel, mask=value_inside, other=0.0).to(tl.float32)
-        if VALUE_SILU:
-            v = _round(_silu(v), value)
-        if GATED:
-            gate = _gate(input_gate + place, MIXER)
-            v = v * gate
-        keep = 1.0
-        if DECAYS > 0:
-            keep = _kept(log_decay + place, decay_rate + head, decay_bias + head, MIXER)
-        if PACKED:
-            number = tl.load(numbers + batch * length + token)
-            keep = tl.where(number == previous, keep, 0.0)
-            previous = number
-        if PADDED:
-            there = tl.load(valid + batch * length + token) != 0
-            v, keep = tl.where(there, v, 0.0), tl.where(there, keep, 1.0)
-        state = state * keep + v[:, None] * k[None, :]
-        if EVERY:
-            tl.store(value_keys + place * VALUE_WIDTH * WIDTH + offset, state, mask=mask)
-        y = tl.sum(state * q[None, :], 1) * scale
-        target = outputs + place * VALUE_WIDTH + value_rows
-        if MIXER:
-            y = _round(y, outputs)
-            y = y / tl.sqrt(tl.sum(y * y, 0) / VALUE_WIDTH + eps)
-            y = y * tl.load(norm_weight + value_rows, mask=value_inside, other=0.0).to(tl.float32)
-            if OUTPUT_GATED:
-                source = output_gate + place * VALUE_WIDTH + value_rows
-                y = y * _silu(tl.load(source, mask=value_inside, other=0.0).to(tl.float32))
-        tl.store(target, y.to(outputs.dtype.element_ty), mask=value_inside)
-    tl.store(value_key_out + line * VALUE_WIDTH * WIDTH + offset, state, mask=mask)
+        columns = tl.arange(0, BLOCK // 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+        mask = _wide(value_inside) & tl.expand_dims(columns < WIDTH, 1 - BLOCK_AXIS)
+        offset = _wide(value_rows) * WIDTH + tl.expand_dims(columns, 1 - BLOCK_AXIS)
+        state = tl.load(value_key_in + line * VALUE_WIDTH * WIDTH + offset, mask=mask, other=0.0)
+        previous = 0
+        for token in range(0, length):
+            place = (batch * length + token) * heads + head
+            reading = tl.load(mixed + place * WIDTH + columns, mask=columns < WIDTH, other=0.0)
+            writing = tl.load(
+                mixed + (tl.num_programs(0) * length + place) * WIDTH + columns, mask=columns < WIDTH, other=0.0
+            )
+            value_at = value + (batch * length + token) * (value_heads * VALUE_WIDTH)
+            channel = value_head * VALUE_WIDTH + value_rows
+            if MIXER & VALUE_CONV:
+                past = value_past + batch * (value_heads * VALUE_WIDTH * (TAPS - 1))
+                v = _convolved(
+                    value_at, value_heads * VALUE_WIDTH, past, value_taps, token, channel, value_inside, TAPS
+                )
+                v = _round(v, value)
+            else:
+                v = tl.load(value_at + channel, mask=value_inside, other=0.0).to(tl.float32)
+            if VALUE_SILU:
+                v = _round(_silu(v), value)
+            if GATED:
+                gate = _gate(input_gate + place, MIXER)
+                v = v * gate
+            keep = 1.0
+            if DECAYS > 0:
+                keep = _kept(log_decay + place, decay_rate + head, decay_bias + head, MIXER)
+            if PACKED:
+                number = tl.load(numbers + batch * length + token)
+                keep = tl.where(number == previous, keep, 0.0)
+                previous = number
+            if PADDED:
+                there = tl.load(valid + batch * length + token) != 0
+                v, keep = tl.where(there, v, 0.0), tl.where(there, keep, 1.0)
+            state = state * keep + _wide(v) * tl.expand_dims(writing, 1 - BLOCK_AXIS)
+            if EVERY:
+                tl.store(value_keys + place * VALUE_WIDTH * WIDTH + offset, state, mask=mask)
+            y = tl.sum(tl.sum(state * tl.expand_dims(reading, 1 - BLOCK_AXIS), BLOCK_AXIS), 1) * scale
+            target = outputs + place * VALUE_WIDTH + value_rows
+            if MIXER:
+                y = _round(y, outputs)
+                y = y / tl.sqrt(tl.sum(y * y, 0) / VALUE_WIDTH + eps)
+                y = y * tl.load(norm_weight + value_rows, mask=value_inside, other=0.0).to(tl.float32)
+                if OUTPUT_GATED:
+                    source = output_gate + place * VALUE_WIDTH + value_rows
+                    y = y * _silu(tl.load(source, mask=value_inside, other=0.0).to(tl.float32))
+            tl.store(target, y.to(outputs.dtype.element_ty), mask=value_inside)
+        tl.store(value_key_out + line * VALUE_WIDTH * WIDTH + offset, state, mask=mask)
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -344,8 +410,8 @@ def _shift(raw, past, stride, batch, channel, length, channels, TAPS: tl.constex
 
 # Warps by the wider of both widths. More are slower: the solve then waits for its barriers.
 WARPS = {16: 1, 32: 1, 64: 2, 128: 4}
-# Squared relative residuals at which a step stops: the states are float32, so only the output's dtype matters.
-HALF_STEP_TOLERANCE = 1e-7
+# Up to how many heads of all rows several tokens are solved side by side, in a launch of their own.
+SPREAD_PROGRAMS = 32
 
 
 @on_own_device
@@ -391,7 +457,7 @@ def gka_triton_step(
 
 @on_own_device
 def gka_triton_mixer_step(inputs: MixerInputs, solver: GKASolver, options: MixerOptions) -> Tensor:
-    """RMSNorm(GKA(conv(q), conv(k), conv(v))) * SiLU(gate) for a few tokens, (B, T, H, Dv), in two launches.
+    """RMSNorm(GKA(conv(q), conv(k), conv(v))) * SiLU(gate) for a few tokens, (B, T, H, Dv), in two launches or three.
 
     Convolution contexts and states are replaced in place. Everything is rounded to the dtype of the projections where
     the layer's separate operators round it.
@@ -459,35 +525,46 @@ def _launch(tokens, gates, numbers, valid, surroundings, states, outputs, heads,
     batch, length, query_heads, width = query.shape
     block, value_block = filled(width), filled(value.shape[-1])
     mixed = torch.empty(2, batch, length, heads, width, dtype=torch.float32, device=query.device)
-    step_kernel[(batch * heads,)](
-        query,
-        key,
-        value,
-        *(query if t is None else t for t in gates),
-        query if numbers is None else numbers,
-        query if valid is None else valid,
-        *surroundings,
-        *states,
-        mixed,
-        outputs,
-        length,
-        heads,
-        query_heads,
-        key.shape[2],
-        value.shape[2],
-        solver.iterations,
-        solver.ridge_ratio,
-        solver.squared_tolerance(TOLERANCE["float32"] if query.dtype == torch.float32 else HALF_STEP_TOLERANCE),
-        scale,
-        eps,
-        METHOD=method(solver),
-        GATED=gates[3] is not None,
-        MIXED=gates[2] is not None,
-        OUTPUT_GATED=gates[4] is not None,
-        PACKED=numbers is not None,
-        PADDED=valid is not None,
-        BLOCK=block,
-        VALUE_BLOCK=value_block,
+    constants = {
+        "METHOD": method(solver),
+        "GATED": gates[3] is not None,
+        "MIXED": gates[2] is not None,
+        "OUTPUT_GATED": gates[4] is not None,
+        "PACKED": numbers is not None,
+        "PADDED": valid is not None,
+        "BLOCK": block,
+        "VALUE_BLOCK": value_block,
         **options,
-        num_warps=WARPS[max(block, value_block)],
-    )
+    }
+
+    def start(grid: tuple[int, ...], **changes: int) -> None:
+        step_kernel[grid](
+            query,
+            key,
+            value,
+            *(query if t is None else t for t in gates),
+            query if numbers is None else numbers,
+            query if valid is None else valid,
+            *surroundings,
+            *states,
+            mixed,
+            outputs,
+            length,
+            heads,
+            query_heads,
+            key.shape[2],
+            value.shape[2],
+            solver.iterations,
+            solver.ridge_ratio,
+            solver.squared_tolerance(TOLERANCE["float32" if query.dtype == torch.float32 else "float16"]),
+            scale,
+            eps,
+            **constants | changes,
+            num_warps=WARPS[max(block, value_block)],
+        )
+
+    if length > 1 and batch * heads <= SPREAD_PROGRAMS and constants["METHOD"] != 0:
+        start((batch * heads, length), PART=1, EVERY=False)
+        start((batch * heads,), PART=2)
+    else:
+        start((batch * heads,), PART=0)
