@@ -28,9 +28,15 @@ NEAR = tl.constexpr(10.0)
 
 
 @triton.jit
-def _times(gram, row):
-    """gram row^T as a row, gram symmetric."""
-    return tl.sum(gram * tl.trans(row), 0)[None, :]
+def _across(vector):
+    """A vector along the columns of a state."""
+    return tl.expand_dims(tl.reshape(vector, (vector.shape[0] // 16, 16)), 1 - BLOCK_AXIS)
+
+
+@triton.jit
+def _times(state, vector):
+    """state vector."""
+    return tl.sum(tl.sum(state * _across(vector), BLOCK_AXIS), 1)
 
 
 @triton.jit
@@ -42,52 +48,50 @@ def _solve(gram, query, iterations, ridge, tolerance, METHOD: tl.constexpr, PIPE
     """
     norm = tl.sqrt(tl.sum(gram * gram))
     ridge = ridge * norm
-    query = query[None, :]
     x = tl.zeros_like(query)
     step = 0
     if METHOD == 1:
         residual, direction = query, query
-        rr = tl.sum(query * query, 1)
+        rr = tl.sum(query * query, 0)
         # An empty state (norm 0) is solved by 0.
         enough = tl.where(norm > 0, tolerance * rr, rr)
         if PIPELINED:
             near = NEAR * enough
             image = _times(gram, query) + ridge * query
             direction, of_direction, of_that = x, x, x
-            inverse, curvature = tl.zeros_like(rr), tl.zeros_like(rr)
+            inverse, curvature = 0.0, 0.0
             # Triton 3.6 and 3.7 compile a loop only if what they look at to go on is defined last.
-            busy = tl.max((rr > enough).to(tl.int32), 0)
-            while (step < iterations) & (busy > 0):
-                product = gram * tl.trans(image)
-                rr = tl.sum(residual * residual, 1)
-                curved = tl.sum(residual * image, 1)
-                of_image = tl.sum(product, 0)[None, :] + ridge * image
+            busy = rr > enough
+            while (step < iterations) & busy:
+                product = gram * _across(image)
+                rr = tl.sum(residual * residual, 0)
+                curved = tl.sum(residual * image, 0)
+                of_image = tl.sum(tl.sum(product, BLOCK_AXIS), 1) + ridge * image
                 ratio = rr * inverse
                 curvature = curved - ratio * ratio * curvature
                 inverse = 1.0 / rr
-                length = tl.where(curvature > 0, rr / curvature, 0.0)[:, None]
-                ratio = ratio[:, None]
+                length = tl.where(curvature > 0, rr / curvature, 0.0)
                 direction = residual + ratio * direction
                 of_direction = image + ratio * of_direction
                 of_that = of_image + ratio * of_that
                 x += length * direction
                 residual -= length * of_direction
                 image -= length * of_that
-                busy = tl.max(((rr > near) & (curvature > 0)).to(tl.int32), 0)
+                busy = (rr > near) & (curvature > 0)
                 step += 1
             residual = query - _times(gram, x) - ridge * x
-            rr = tl.sum(residual * residual, 1)
+            rr = tl.sum(residual * residual, 0)
             direction = residual
-        busy = tl.max((rr > enough).to(tl.int32), 0)
-        while (step < iterations) & (busy > 0):
+        busy = rr > enough
+        while (step < iterations) & busy:
             image = _times(gram, direction) + ridge * direction
-            length = (rr / tl.sum(direction * image, 1))[:, None]
+            length = rr / tl.sum(direction * image, 0)
             x += length * direction
             residual -= length * image
-            following = tl.sum(residual * residual, 1)
-            direction = residual + (following / rr)[:, None] * direction
+            following = tl.sum(residual * residual, 0)
+            direction = residual + (following / rr) * direction
             rr = following
-            busy = tl.max((rr > enough).to(tl.int32), 0)
+            busy = rr > enough
             step += 1
     if METHOD == 2:
         span = tl.where(norm > 0, 2.0 / (2.0 * ridge + norm), 0.0)
@@ -101,7 +105,7 @@ def _solve(gram, query, iterations, ridge, tolerance, METHOD: tl.constexpr, PIPE
             change = (omega - 1.0) * change + (omega * span) * (query - image)
             x += change
             step += 1
-    return tl.sum(x, 0)
+    return x
 
 
 @triton.jit
@@ -235,12 +239,13 @@ def step_kernel(
     """
     line = long(tl.program_id(0))
     batch, head = line // heads, line % heads
-    rows, columns, value_rows = tl.arange(0, BLOCK), tl.arange(0, BLOCK), tl.arange(0, VALUE_BLOCK)
+    rows, value_rows = tl.arange(0, BLOCK), tl.arange(0, VALUE_BLOCK)
+    columns = tl.arange(0, BLOCK // 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
     inside, value_inside = rows < WIDTH, value_rows < VALUE_WIDTH
     query_head = head // (heads // query_heads)
     key_head, value_head = head // (heads // key_heads), head // (heads // value_heads)
-    mask = inside[:, None] & (columns < WIDTH)[None, :]
-    offset = rows[:, None] * WIDTH + columns[None, :]
+    mask = _wide(inside) & tl.expand_dims(columns < WIDTH, 1 - BLOCK_AXIS)
+    offset = _wide(rows) * WIDTH + tl.expand_dims(columns, 1 - BLOCK_AXIS)
     gram = tl.load(gram_in + line * WIDTH * WIDTH + offset, mask=mask, other=0.0)
     previous = 0
     last = length - 1
@@ -281,7 +286,7 @@ def step_kernel(
         if PADDED:
             there = tl.load(valid + batch * length + token) != 0
             k, q, keep = tl.where(there, k, 0.0), tl.where(there, q, 0.0), tl.where(there, keep, 1.0)
-        gram = gram * keep + k[:, None] * k[None, :]
+        gram = gram * keep + _wide(k) * _across(k)
         if EVERY:
             tl.store(grams + place * WIDTH * WIDTH + offset, gram, mask=mask)
         if (PART != 1) & (token == last):
@@ -304,7 +309,6 @@ def step_kernel(
     else:
         tl.debug_barrier()
 
-        columns = tl.arange(0, BLOCK // 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
         mask = _wide(value_inside) & tl.expand_dims(columns < WIDTH, 1 - BLOCK_AXIS)
         offset = _wide(value_rows) * WIDTH + tl.expand_dims(columns, 1 - BLOCK_AXIS)
         state = tl.load(value_key_in + line * VALUE_WIDTH * WIDTH + offset, mask=mask, other=0.0)
