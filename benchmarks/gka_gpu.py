@@ -147,7 +147,7 @@ def ratios(rows):
 def settled(batch, heads, width):
     """The states that 2,048 tokens left, the same for every row of the batch."""
     *tensors, gate = problem(1, 2048, heads, width, 0.99)
-    state = gated_kalmanet(*tensors, input_gate=gate, solver=GKASolver("none"))[1]
+    state = gated_kalmanet(*tensors, input_gate=gate, solver=GKASolver("cg", 0))[1]
     return GKAState(*(part.expand(batch, -1, -1, -1).contiguous() for part in state))
 
 

@@ -10,7 +10,8 @@ needle: one sentence with a code of four digits in running text, at five depths,
 but such sentences, as many as fit, one of them asked for. Share of codes that greedy decoding gives exactly. Loss:
 nats per token of running text by position, whole texts read in one go. FILEs are texts whose documents are joined;
 none that a model was healed on. Contexts count the tokens of the whole prompt. Results: `results/long_context.json`
-and a plot.
+and a plot; models that it holds from other runs with the same questions stay beside the new ones, each with what it
+was measured on.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from kalman_conversion.text import read_documents
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from quality import NOUNS  # noqa: E402
-from record import RESULTS, drawing, environment, write  # noqa: E402
+from record import RESULTS, continued, drawing, environment, write  # noqa: E402
 
 CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -158,24 +159,19 @@ def main():
             parser.error(f"--models takes NAME=FOLDER, got {name!r} with {folder!r}, which is no folder")
     documents = "\n\n".join(document for path in options.text for document in read_documents(path))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    result = {
-        "environment": environment(device),
-        "dtype": "bfloat16" if device == "cuda" else "float32",
-        "text": [path.name for path in options.text],
-        "cases": options.cases,
-        "texts": options.texts,
-        "models": {},
-    }
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    settings = {"text": [path.name for path in options.text], "cases": options.cases, "texts": options.texts}
+    result = continued("long_context", settings, options.output) or {**settings, "models": {}}
+    measured_on = {"dtype": str(dtype).removeprefix("torch."), "environment": environment(device)}
     for name, _, folder in folders:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
         text = tokenizer(documents, add_special_tokens=False)["input_ids"]
         if len(text) < contexts[-1]:
             parser.error(f"--text has {len(text)} tokens, --contexts asks for {contexts[-1]}")
 
         def save(row, name=name):
-            result["models"][name] = row
+            result["models"][name] = {**row, **measured_on}
             write("long_context", result, options.output)
 
         measure(model, tokenizer, text, contexts, options.cases, options.texts, save)

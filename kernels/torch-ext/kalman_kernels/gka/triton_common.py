@@ -258,11 +258,11 @@ def plan(query: Tensor, value_width: int) -> Plan:
 # Hopper and used everywhere. To re-tune: benchmarks/gka_gpu.py --tune, then put what it prints here.
 LAUNCH = {
     "walk": {"num_warps": 8},
-    "read": {"num_warps": 8, "maxnreg": 128},
-    "adjoint_read": {"num_warps": 8, "maxnreg": 128},
+    "read": {"num_warps": 4},
+    "adjoint_read": {"num_warps": 4},
     "adjoint_walk": {"num_warps": 8},
     "adjoint_gram": {"num_warps": 8},
-    "adjoint_value": {"num_warps": 8},
+    "adjoint_value": {"num_warps": 4},
 }
 WIDE_LAUNCH = {"num_warps": 8}
 

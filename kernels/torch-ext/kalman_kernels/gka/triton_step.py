@@ -415,7 +415,7 @@ def _shift(raw, past, stride, batch, channel, length, channels, TAPS: tl.constex
 # Warps by the wider of both widths. More are slower: the solve then waits for its barriers.
 WARPS = {16: 1, 32: 1, 64: 2, 128: 4}
 # Up to how many heads of all rows several tokens are solved side by side, in a launch of their own.
-SPREAD_PROGRAMS = 32
+SPREAD_PROGRAMS = 64
 
 
 @on_own_device
