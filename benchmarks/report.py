@@ -349,7 +349,7 @@ def long_context(result):
     devices = {}
     for name, row in result["models"].items():
         devices.setdefault(f"{device(row)}, {row['dtype']}", []).append(name)
-    where = "; ".join(f"{' and '.join(names)}: {what}" for what, names in devices.items())
+    where = "; ".join(f"{what}: {' / '.join(names)}" for what, names in devices.items())
     return [
         "## Long context\n",
         f"SmolLM2-135M-Instruct and conversions of it, {result['cases']} questions each, the same for all: codes of "

@@ -1,6 +1,8 @@
 """Retrieval from long contexts and loss by position: prompts hold what is asked, chunks change nothing."""
 
+import json
 import string
+import sys
 
 import long_context
 import pytest
@@ -81,3 +83,22 @@ def test_a_row_has_every_context_and_position(model, tokenizer, tmp_path):
     assert all(r["nats"] > 0 for r in rows[-1]["loss"])
     long_context.draw({"models": {"tiny": rows[-1]}}, tmp_path)
     assert (tmp_path / "long_context.png").exists()
+
+
+def test_rows_of_other_runs_with_the_same_questions_stay(model, tokenizer, tmp_path, monkeypatch):
+    folder, text = tmp_path / "model", tmp_path / "text.txt"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    text.write_text("it was a dark and stormy night. " * 40)
+
+    def names(name, cases):
+        arguments = ["--models", f"{name}={folder}", "--text", text, "--contexts", 300, "--cases", cases, "--texts", 2]
+        monkeypatch.setattr(sys, "argv", ["long_context", *map(str, arguments), "--output", str(tmp_path)])
+        long_context.main()
+        models = json.loads((tmp_path / "long_context.json").read_text())["models"]
+        assert all(row["dtype"] and row["environment"]["versions"]["torch"] for row in models.values())
+        return list(models)
+
+    assert names("one", 2) == ["one"]
+    assert names("other", 2) == ["one", "other"]
+    assert names("one", 3) == ["one"]
