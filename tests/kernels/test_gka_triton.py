@@ -169,6 +169,22 @@ def test_several_half_precision_tokens(length, kind, side_by_side, dtype, monkey
     assert all(relative_error(a, b) <= 5e-7 for a, b in zip(state, exact_state, strict=True))
 
 
+@pytest.mark.parametrize("iterations", [1, 2, 3, 4, 6])
+def test_iterations_of_a_half_precision_step_are_those_of_conjugate_gradients(iterations):
+    """The pipelined ones: plain ones, which would mend what they get wrong, have no iterations left."""
+    inputs = halved(make_inputs(1, **SMALL, width=12), torch.float16)
+    inputs[4] = torch.ones_like(inputs[4])
+
+    def step(tensors, implementation):
+        options = {"state": GKAState(*tensors[7:]), "key_log_decay": tensors[5], "input_gate": tensors[6]}
+        solver = GKASolver("cg", iterations)
+        return gated_kalmanet_step(*tensors[:5], **options, solver=solver, implementation=implementation)[0]
+
+    expected = step([t.double() for t in inputs], "reference")
+    # Measured: 3e-4, the rounding of outputs to float16.
+    assert relative_error(step(inputs, "triton"), expected) <= 1e-3
+
+
 def test_a_step_in_place_overwrites_the_states_it_was_given():
     inputs = [t.float() for t in make_inputs(2, **SMALL)]
     state = GKAState(inputs[7].clone(), inputs[8].clone())
