@@ -28,15 +28,39 @@ NEAR = tl.constexpr(10.0)
 
 
 @triton.jit
+def _along(blocks):
+    """What the columns of a state have, (blocks, 16), with an axis for its rows."""
+    return tl.expand_dims(blocks, 1 - BLOCK_AXIS)
+
+
+@triton.jit
 def _across(vector):
     """A vector along the columns of a state."""
-    return tl.expand_dims(tl.reshape(vector, (vector.shape[0] // 16, 16)), 1 - BLOCK_AXIS)
+    return _along(tl.reshape(vector, (vector.shape[0] // 16, 16)))
+
+
+@triton.jit
+def _wide(vector):
+    """A vector over the rows of a state, with axes for its columns."""
+    return tl.expand_dims(vector[:, None], BLOCK_AXIS)
+
+
+@triton.jit
+def _tile(rows, inside, columns, WIDTH: tl.constexpr):
+    """Where the elements of a state (rows, WIDTH) stand, and which of them are there."""
+    mask = _wide(inside) & _along(columns < WIDTH)
+    return _wide(rows) * WIDTH + _along(columns), mask
+
+
+@triton.jit
+def _row_sums(state):
+    return tl.sum(tl.sum(state, BLOCK_AXIS), 1)
 
 
 @triton.jit
 def _times(state, vector):
     """state vector."""
-    return tl.sum(tl.sum(state * _across(vector), BLOCK_AXIS), 1)
+    return _row_sums(state * _across(vector))
 
 
 @triton.jit
@@ -66,7 +90,7 @@ def _solve(gram, query, iterations, ridge, tolerance, METHOD: tl.constexpr, PIPE
                 product = gram * _across(image)
                 rr = tl.sum(residual * residual, 0)
                 curved = tl.sum(residual * image, 0)
-                of_image = tl.sum(tl.sum(product, BLOCK_AXIS), 1) + ridge * image
+                of_image = _row_sums(product) + ridge * image
                 ratio = rr * inverse
                 curvature = curved - ratio * ratio * curvature
                 inverse = 1.0 / rr
@@ -106,12 +130,6 @@ def _solve(gram, query, iterations, ridge, tolerance, METHOD: tl.constexpr, PIPE
             x += change
             step += 1
     return x
-
-
-@triton.jit
-def _wide(vector):
-    """A vector over the rows of a value state, with axes for its columns."""
-    return tl.expand_dims(vector[:, None], BLOCK_AXIS)
 
 
 @triton.jit
@@ -164,14 +182,26 @@ def _kept(pointer, rate, bias, MIXER: tl.constexpr):
 
 
 @triton.jit
-def _mix(pointer, MIXED: tl.constexpr, MIXER: tl.constexpr):
-    """The solution's share in the query that reads; MIXER: stored before its sigmoid."""
+def _mixed(
+    gram,
+    query,
+    mix_at,
+    iterations,
+    ridge,
+    tolerance,
+    METHOD: tl.constexpr,
+    PIPELINED: tl.constexpr,
+    MIXED: tl.constexpr,
+    MIXER: tl.constexpr,
+):
+    """The query that reads: with a share of its solution, all of it if not MIXED; MIXER: stored before its sigmoid."""
     mix = 1.0
     if MIXED:
-        mix = tl.load(pointer).to(tl.float32)
+        mix = tl.load(mix_at).to(tl.float32)
         if MIXER:
-            mix = _round(1.0 / (1.0 + tl.exp(-mix)), pointer)
-    return mix
+            mix = _round(1.0 / (1.0 + tl.exp(-mix)), mix_at)
+    x = _solve(gram, query, iterations, ridge, tolerance, METHOD, PIPELINED)
+    return query + mix * (x - query)
 
 
 @triton.jit(do_not_specialize=["length", "iterations", "ridge", "tolerance", "scale", "eps"])
@@ -237,6 +267,7 @@ def step_kernel(
     DECAYS: 0 none, 1 one for both states, 2 two, 3 for the value state alone. EVERY also stores all states. PART: 0 all
     of it; 1 the solves alone, one program for each token (second axis); 2 all but the solves, done before.
     """
+    PIPELINED: tl.constexpr = query.dtype.element_ty != tl.float32
     line = long(tl.program_id(0))
     batch, head = line // heads, line % heads
     rows, value_rows = tl.arange(0, BLOCK), tl.arange(0, VALUE_BLOCK)
@@ -244,8 +275,7 @@ def step_kernel(
     inside, value_inside = rows < WIDTH, value_rows < VALUE_WIDTH
     query_head = head // (heads // query_heads)
     key_head, value_head = head // (heads // key_heads), head // (heads // value_heads)
-    mask = _wide(inside) & tl.expand_dims(columns < WIDTH, 1 - BLOCK_AXIS)
-    offset = _wide(rows) * WIDTH + tl.expand_dims(columns, 1 - BLOCK_AXIS)
+    offset, mask = _tile(rows, inside, columns, WIDTH)
     gram = tl.load(gram_in + line * WIDTH * WIDTH + offset, mask=mask, other=0.0)
     previous = 0
     last = length - 1
@@ -293,9 +323,7 @@ def step_kernel(
             # Under way while the solve runs.
             tl.store(gram_out + line * WIDTH * WIDTH + offset, gram, mask=mask)
         if (PART == 0) & (METHOD != 0):
-            mix = _mix(solution_mix + place, MIXED, MIXER)
-            x = _solve(gram, q, iterations, ridge, tolerance, METHOD, query.dtype.element_ty != tl.float32)
-            q = q + mix * (x - q)
+            q = _mixed(gram, q, solution_mix + place, iterations, ridge, tolerance, METHOD, PIPELINED, MIXED, MIXER)
         if PART == 0:
             tl.store(mixed + place * WIDTH + rows, q, mask=inside)
         if PART != 1:
@@ -303,14 +331,12 @@ def step_kernel(
             tl.store(mixed + (tl.num_programs(0) * length + place) * WIDTH + rows, k, mask=inside)
     if PART == 1:
         place = (batch * length + last) * heads + head
-        mix = _mix(solution_mix + place, MIXED, MIXER)
-        x = _solve(gram, q, iterations, ridge, tolerance, METHOD, query.dtype.element_ty != tl.float32)
-        tl.store(mixed + place * WIDTH + rows, q + mix * (x - q), mask=inside)
+        q = _mixed(gram, q, solution_mix + place, iterations, ridge, tolerance, METHOD, PIPELINED, MIXED, MIXER)
+        tl.store(mixed + place * WIDTH + rows, q, mask=inside)
     else:
         tl.debug_barrier()
 
-        mask = _wide(value_inside) & tl.expand_dims(columns < WIDTH, 1 - BLOCK_AXIS)
-        offset = _wide(value_rows) * WIDTH + tl.expand_dims(columns, 1 - BLOCK_AXIS)
+        offset, mask = _tile(value_rows, value_inside, columns, WIDTH)
         state = tl.load(value_key_in + line * VALUE_WIDTH * WIDTH + offset, mask=mask, other=0.0)
         previous = 0
         for token in range(0, length):
@@ -344,10 +370,10 @@ def step_kernel(
             if PADDED:
                 there = tl.load(valid + batch * length + token) != 0
                 v, keep = tl.where(there, v, 0.0), tl.where(there, keep, 1.0)
-            state = state * keep + _wide(v) * tl.expand_dims(writing, 1 - BLOCK_AXIS)
+            state = state * keep + _wide(v) * _along(writing)
             if EVERY:
                 tl.store(value_keys + place * VALUE_WIDTH * WIDTH + offset, state, mask=mask)
-            y = tl.sum(tl.sum(state * tl.expand_dims(reading, 1 - BLOCK_AXIS), BLOCK_AXIS), 1) * scale
+            y = _row_sums(state * _along(reading)) * scale
             target = outputs + place * VALUE_WIDTH + value_rows
             if MIXER:
                 y = _round(y, outputs)
