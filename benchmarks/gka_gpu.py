@@ -21,6 +21,7 @@ from record import RESULTS, continued, environment, write
 from kalman_kernels import GKASolver, GKAState, gated_kalmanet, gated_kalmanet_step
 from kalman_kernels.gka import MixerInputs, MixerOptions, gka_mixer_step
 
+SECTIONS = ("ceilings", "decode", "prefill", "scaling")
 # (B, T, H, D)
 PREFILL = [(8, 2048, 16, 128), (1, 32768, 16, 128), (1, 131072, 16, 128)]
 OTHER = [(8, 2048, 32, 128), (8, 2048, 16, 64), (8, 2048, 9, 64)]
@@ -179,9 +180,9 @@ def mixer_inputs(batch, heads, width, dtype=torch.bfloat16, taps=4):
     )
 
 
-def step_inputs(batch, length, heads, width, dtype=torch.bfloat16):
+def step_inputs(batch, length, heads, width):
     """(query, key, value, log_decay, mix), gate."""
-    query, key, value, log_decay, mix, gate = problem(batch, length, heads, width, 0.99, dtype)
+    query, key, value, log_decay, mix, gate = problem(batch, length, heads, width, 0.99)
     return (query, key, value, torch.zeros_like(log_decay), mix), torch.full_like(gate, CLOSED_GATE)
 
 
@@ -281,7 +282,7 @@ def draw(result, folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sections", nargs="+", default=["ceilings", "decode", "prefill", "scaling"])
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -291,10 +292,11 @@ def main():
     now = environment("cuda")
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         now["versions"]["fla-core"] = importlib.metadata.version("fla-core")
-    result = continued("gka_gpu", {"dtype": "bfloat16", "device": now["device"]}, options.output)
-    result = result or {"dtype": "bfloat16", "device": now["device"], "environments": {}, "prefill": []}
+    settings = {"dtype": "bfloat16", "device": now["device"]}
+    empty = {name: {} if name == "ceilings" else [] for name in SECTIONS}
+    result = continued("gka_gpu", settings, options.output) or {**settings, "environments": {}, **empty}
     for name in options.sections:
-        result["environments"][name], result[name] = now, {} if name == "ceilings" else []
+        result["environments"][name], result[name] = now, empty[name]
 
     def save():
         result["ratios"] = ratios(result["prefill"])

@@ -8,14 +8,13 @@ shared memory than a program may have there. Without TRITON_INTERPRET=1.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
 import triton
-from record import RESULTS, environment, write
+from record import RESULTS, continued, environment, write
 from triton.backends.compiler import GPUTarget
 
 from kalman_kernels import (
@@ -179,8 +178,7 @@ def main():
     options = parser.parse_args()
     # Tensors of the CPU count as the device's.
     dispatch.INTERPRETED = True
-    path = options.output / "kernel_builds.json"
-    result = json.loads(path.read_text()) if path.exists() else {"builds": {}}
+    result = continued("kernel_builds", {}, options.output) or {"builds": {}}
     result["environment"] = environment()
     too_large = []
     for capability in options.capabilities:

@@ -342,13 +342,11 @@ def cost():
 
 
 def long_context(result):
-    rows = []
+    rows, devices = [], {}
     for name, row in result["models"].items():
         rows += [[f"{name}, {kind}", *(f"{100 * v:.0f}" for v in row[kind].values())] for kind in ("needle", "pairs")]
-    contexts = list(next(iter(result["models"].values()))["needle"])
-    devices = {}
-    for name, row in result["models"].items():
         devices.setdefault(f"{device(row)}, {row['dtype']}", []).append(name)
+    contexts = list(next(iter(result["models"].values()))["needle"])
     where = "; ".join(f"{what}: {' / '.join(names)}" for what, names in devices.items())
     return [
         "## Long context\n",

@@ -476,7 +476,8 @@ def read_kernel(
 def chunk_norm(keys, gram, into, decay, later, weight, PRECISION: tl.constexpr):
     """||H_t||_F for every token of a chunk; `into` holds the unit of `gram`, `weight` the squared gate; README eq. 10.
 
-    ||H_t||^2 = e^{2 h_t} ||H_{t-1}||^2 + 2 e^{h_t} k_t^T H_{t-1} k_t + |k_t|^4, summed in closed form.
+    ||H_t||^2 = e^{2 h_t} ||H_{t-1}||^2 + 2 e^{h_t} k_t^T H_{t-1} k_t + |k_t|^4, summed in closed form. `decay` (later,
+    earlier token) comes transposed, too: `later` (earlier, later token).
     """
     wide = gram.to(tl.float32)
     size = tl.sum(wide * wide)
