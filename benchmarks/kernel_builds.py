@@ -30,6 +30,7 @@ from kalman_kernels import (
     kalman_linear_attention_step,
 )
 from kalman_kernels.gka import GKAState, MixerInputs, MixerOptions, gka_mixer_step
+from kalman_kernels.jit import compute_capability
 
 # Bytes of shared memory that a program can have, by compute capability.
 SHARED = {8.0: 166_912, 8.9: 101_376, 9.0: 232_448, 10.0: 232_448, 12.0: 101_376}
@@ -156,6 +157,7 @@ def around(dtype, channels=256, length=300):
 def build(capability):
     """Names, warps and bytes of shared memory of all kernels, built for one compute capability."""
     triton.runtime.driver.set_active(Absent(round(10 * capability)))
+    compute_capability.cache_clear()
     built = recorded()
     cg, chebyshev = GKASolver("cg", 20), GKASolver("chebyshev", 30)
     gka(torch.bfloat16, 128, cg)

@@ -18,6 +18,7 @@ from gka_inputs import (
 
 from kalman_kernels import GKASolver, GKAState, gated_kalmanet_step
 
+triton_common = pytest.importorskip("kalman_kernels.gka.triton_common")
 triton_forward = pytest.importorskip("kalman_kernels.gka.triton_forward")
 triton_step = pytest.importorskip("kalman_kernels.gka.triton_step")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU tests run the same kernels compiled")
@@ -242,3 +243,14 @@ def test_a_decay_that_forgets_nearly_everything(decay):
     bad = {n: relative_error(a, b) for n, a, b in zip(names, found, exact, strict=False)}
     # Measured: 2e-3. The decays' own gradients are 1e-30 beside what they are made of, where everything is forgotten.
     assert {n: e for n, e in bad.items() if not e <= (5e-2 if "decay" in n else 5e-3)} == {}
+
+
+@pytest.mark.parametrize(
+    ("capability", "stages"), [(90, (3, 2)), (80, (3, 2)), (89, (2, 1)), (120, (2, 1)), (0, (1, 1))]
+)
+def test_walks_keep_as_many_chunks_in_shared_memory_as_a_device_has_room_for(capability, stages, monkeypatch):
+    monkeypatch.setattr(triton_common, "compute_capability", lambda device: capability)
+    query = torch.zeros(1, 1, 1, 128)
+    configs = [triton_common.plan(query.to(dtype), 128) for dtype in (torch.bfloat16, torch.float32)]
+    found = [triton_common.launch_walk(config, "walk", query.device) for config in configs]
+    assert found == [{"num_warps": 8, "num_stages": count} for count in stages]

@@ -119,8 +119,11 @@ def test_one_token_at_a_time_is_the_whole():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("width", [64, 128])
-@pytest.mark.parametrize("side_by_side", [1024, 0])
-@pytest.mark.parametrize(("length", "kind"), [(1, "plain"), (2, "plain"), (4, "packed+padded"), (8, "packed")])
+@pytest.mark.parametrize(
+    ("length", "kind", "side_by_side"),
+    [(1, "plain", 0)]
+    + [(n, kind, heads) for n, kind in [(2, "plain"), (4, "packed+padded"), (8, "packed")] for heads in (1024, 0)],
+)
 def test_a_few_tokens_after_a_prefix(length, kind, side_by_side, width, dtype, monkeypatch):
     """From a state that 200 tokens left, under slow decay."""
     monkeypatch.setattr(triton_step, "SPREAD_PROGRAMS", side_by_side)

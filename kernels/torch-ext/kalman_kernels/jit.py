@@ -14,7 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["long", "on_own_device"]
+from .dispatch import INTERPRETED
+
+__all__ = ["compute_capability", "long", "on_own_device"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -33,6 +35,15 @@ def on_own_device(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
 
     return guarded
+
+
+@functools.cache
+def compute_capability(device: torch.device) -> int:
+    """Ten times the compute capability of an NVIDIA device that is the current one, 0 of everything else."""
+    if INTERPRETED:
+        return 0
+    target = triton.runtime.driver.active.get_current_target()
+    return target.arch if target.backend == "cuda" else 0
 
 
 def _first_tensor(values) -> Tensor | None:

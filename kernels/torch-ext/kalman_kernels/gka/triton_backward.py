@@ -20,6 +20,7 @@ from .triton_common import (
     carries,
     dot,
     launch,
+    launch_walk,
     load_operand,
     load_raw,
     load_rows,
@@ -417,18 +418,17 @@ def _adjoint_gram_walk(
     if HAS_STATE:
         state = tl.load(initial + offset, mask=mask, other=0.0)
         bound = tl.load(bounds)
-    start = long(last - 1) * CHUNK
-    if METHOD != 0:
-        x_tile = load_raw(solutions + start * stride, stride, row, length - start, lines, WIDTH)
-        z_tile = load_raw(adjoints + start * stride, stride, row, length - start, lines, WIDTH)
     for step in range(0, last - first):
         chunk = last - 1 - step
         start = long(chunk) * CHUNK
         if METHOD != 0:
-            # The next chunk is under way while this one is worked on.
-            before, count = start - CHUNK, tl.where(chunk > 0, CHUNK, 0)
-            next_x = load_raw(solutions + before * stride, stride, row, count, lines, WIDTH)
-            next_z = load_raw(adjoints + before * stride, stride, row, count, lines, WIDTH)
+            x_tile = load_raw(solutions + start * stride, stride, row, length - start, lines, WIDTH)
+            z_tile = load_raw(adjoints + start * stride, stride, row, length - start, lines, WIDTH)
+            x_size, z_size = tl.load(rows + start + row), tl.load(rows + planes + start + row)
+            if RIDGE:
+                key_tile = load_raw(key + start * key_stride, key_stride, row, length - start, lines, WIDTH)
+                gate = tl.load(gates + 2 * planes + start + row)
+                here, after = tl.load(rows + 2 * planes + start + row), tl.load(arriving + chunk + 1)
         into, out, through = carries(gates, numbers, chunk, row, CHUNK, PACKED)
         if STORE:
             store_state(states, units, chunk, offset, mask, state, bound, WIDTH * WIDTH)
@@ -438,21 +438,15 @@ def _adjoint_gram_walk(
         if METHOD != 0:
             x, x_scale = scaled_rows(x_tile.to(tl.float32), OPERAND)
             z, z_scale = scaled_rows(z_tile.to(tl.float32), OPERAND)
-            weight = into * tl.load(rows + start + row) * tl.load(rows + planes + start + row)
-            tile, added = products(z, z_scale, x, x_scale, weight, OPERAND, PRECISION)
+            tile, added = products(z, z_scale, x, x_scale, into * x_size * z_size, OPERAND, PRECISION)
             state -= tile * (added * (2.0 / 1024.0))
             bound += 2 * added
             if RIDGE:
-                gate = tl.load(gates + 2 * planes + start + row)
-                weight = tl.load(rows + 2 * planes + start + row) + out * out * tl.load(arriving + chunk + 1)
-                keys, key_scale = scaled_rows(
-                    load_rows(key + start * key_stride, key_stride, row, length - start, lines, WIDTH), OPERAND
-                )
-                weight = 2 * weight * into * gate * gate
+                weight = 2 * (here + out * out * after) * into * gate * gate
+                keys, key_scale = scaled_rows(key_tile.to(tl.float32), OPERAND)
                 tile, added = products(keys, key_scale, keys, key_scale, weight, OPERAND, PRECISION)
                 state -= tile * (added * (1.0 / 1024.0))
                 bound += added
-            x_tile, z_tile = next_x, next_z
     if FINAL:
         tl.store(final + offset, state, mask=mask)
     if not STORE:
@@ -501,30 +495,26 @@ def _adjoint_value_walk(
     if HAS_STATE:
         state = tl.load(initial + offset, mask=mask, other=0.0)
         bound = tl.load(bounds)
-    start = long(last - 1) * CHUNK
-    query_tile = load_raw(query + start * query_stride, query_stride, row, length - start, lines, WIDTH)
-    dy_tile = load_raw(d_outputs + start * stride, stride, row, length - start, value_lines, VALUE_WIDTH)
     for step in range(0, last - first):
         chunk = last - 1 - step
         start = long(chunk) * CHUNK
-        before, count = start - CHUNK, tl.where(chunk > 0, CHUNK, 0)
-        next_query = load_raw(query + before * query_stride, query_stride, row, count, lines, WIDTH)
-        next_dy = load_raw(d_outputs + before * stride, stride, row, count, value_lines, VALUE_WIDTH)
+        query_tile = load_raw(query + start * query_stride, query_stride, row, length - start, lines, WIDTH)
+        dy_tile = load_raw(d_outputs + start * stride, stride, row, length - start, value_lines, VALUE_WIDTH)
+        if METHOD != 0:
+            x_tile = load_raw(solutions + start * query_stride, query_stride, row, length - start, lines, WIDTH)
+            mix, x_size = tl.load(gates + 3 * planes + start + row), tl.load(rows + start + row)
         into, _, through = carries(gates + planes, numbers, chunk, row, CHUNK, PACKED)
         if STORE:
             store_state(states, units, chunk, offset, mask, state, bound, VALUE_WIDTH * WIDTH)
         mixed = query_tile.to(tl.float32)
         if METHOD != 0:
-            mix = tl.load(gates + 3 * planes + start + row)
-            x = load_rows(solutions + start * query_stride, query_stride, row, length - start, lines, WIDTH)
-            mixed += mix[:, None] * (x * tl.load(rows + start + row)[:, None] - mixed)
+            mixed += mix[:, None] * (x_tile.to(tl.float32) * x_size[:, None] - mixed)
         mixed, mixed_scale = scaled_rows(mixed, OPERAND)
         dy, dy_scale = scaled_rows(dy_tile.to(tl.float32), OPERAND)
         tile, added = products(dy, dy_scale, mixed, mixed_scale, into * scale, OPERAND, PRECISION)
         state = state * through + tile * (added * (1.0 / 1024.0))
         bound = bound * through + added
         kept = kept * through
-        query_tile, dy_tile = next_query, next_dy
     if FINAL:
         tl.store(final + offset, state, mask=mask)
     if not STORE:
@@ -577,10 +567,7 @@ def adjoint_gram_kernel(
     key_base = key + ((batch * length + first) * key_heads + head // (heads // key_heads)) * WIDTH
     keys, key_scale = scaled_rows(load_rows(key_base, key_heads * WIDTH, row, count, lines, WIDTH), OPERAND)
     into, out, _ = carries(gates + row_gates, number, chunk, row, CHUNK, PACKED)
-    gram = load_operand(grams + program * WIDTH * WIDTH, lines, lines, WIDTH, WIDTH)
-    # Scaled apart: a product that another one is added to would be laid out, and done, twice.
-    out_unit = (out * 0.5 * tl.load(units + program))[:, None]
-    total = dot(keys, gram, PRECISION) * out_unit + dot(keys, tl.trans(gram), PRECISION) * out_unit
+    total = tl.zeros([CHUNK, BLOCK], tl.float32)
     if RIDGE:
         weight = tl.load(rows + 2 * planes + place)
         weight += out * out * tl.load(arriving + line * (chunks + 1) + chunk + 1)
@@ -604,9 +591,12 @@ def adjoint_gram_kernel(
         sizes, sizes_scale = scaled_vector(sizes)
         weights = within(gates + row_gates, number, chunk, row, CHUNK, PACKED, True) * sizes[None, :]
         pairs = (dot(keys, tl.trans(x), PRECISION) * weights).to(OPERAND)
-        total -= dot(pairs, z, PRECISION) * sizes_scale
-        pairs = (dot(keys, tl.trans(z), PRECISION) * weights).to(OPERAND)
-        total -= dot(pairs, x, PRECISION) * sizes_scale
+        others = (dot(keys, tl.trans(z), PRECISION) * weights).to(OPERAND)
+        total -= (dot(pairs, z, PRECISION) + dot(others, x, PRECISION)) * sizes_scale
+    # Last: until here its tile would only take registers.
+    gram = load_operand(grams + program * WIDTH * WIDTH, lines, lines, WIDTH, WIDTH)
+    out_unit = (out * 0.5 * tl.load(units + program))[:, None]
+    total += (dot(keys, gram, PRECISION) + dot(keys, tl.trans(gram), PRECISION)) * out_unit
     total = total * (gate * key_scale)[:, None]
     through_gram = tl.sum(total * keys.to(tl.float32), 1) * gate * key_scale
     tl.store(rows + 3 * planes + place, tl.load(rows + 3 * planes + place) - 0.5 * through_gram)
@@ -683,7 +673,8 @@ def adjoint_value_kernel(
     sizes, sizes_scale = scaled_vector(mixed_scale * dy_scale * scale)
     weights = within(gates + planes + row_gates, number, chunk, row, CHUNK, PACKED, True) * sizes[None, :]
     pairs = (dot(keys, tl.trans(mixed), PRECISION) * weights).to(OPERAND)
-    d_tile = dot(pairs, dy, PRECISION) * sizes_scale + dot(keys, tl.trans(state), PRECISION) * out[:, None]
+    d_tile = dot(keys, tl.trans(state), PRECISION) * out[:, None]
+    d_tile += dot(pairs, dy, PRECISION) * sizes_scale
     d_tile = d_tile * (gate * key_scale)[:, None]
     value_dot = tl.sum(d_tile * values.to(tl.float32), 1) * value_scale
     d_value += token * VALUE_WIDTH
@@ -691,7 +682,8 @@ def adjoint_value_kernel(
     tl.store(rows + 4 * planes + place, tl.load(rows + 4 * planes + place) - value_dot * gate)
     pairs = (dot(values, tl.trans(dy), PRECISION) * weights).to(OPERAND)
     through_gram = load_rows(adjoints + token * WIDTH, heads * WIDTH, row, count, lines, WIDTH)
-    total = dot(pairs, mixed, PRECISION) * sizes_scale + dot(values, state, PRECISION) * out[:, None]
+    total = dot(values, state, PRECISION) * out[:, None]
+    total += dot(pairs, mixed, PRECISION) * sizes_scale
     total = total * (gate * value_scale)[:, None]
     total += through_gram * tl.load(rows + planes + place)[:, None]
     gate_gradient = tl.sum(total * keys.to(tl.float32), 1) * key_scale + value_dot
@@ -919,7 +911,7 @@ def gka_triton_backward(
             RIDGE=ridge_gradient,
             **flags,
             **options,
-            **launch(config, "adjoint_walk"),
+            **launch_walk(config, "adjoint_walk", planes.device),
         )
 
     doubled = None if d_gram is None else 2 * d_gram

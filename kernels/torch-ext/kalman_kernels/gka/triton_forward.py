@@ -23,6 +23,7 @@ from .triton_common import (
     carries,
     dot,
     launch,
+    launch_walk,
     load_operand,
     load_raw,
     load_rows,
@@ -241,15 +242,11 @@ def _walk(
     if HAS_STATE:
         state = tl.load(initial + offset, mask=mask, other=0.0)
         bound = tl.load(bounds)
-    start = long(first) * CHUNK
-    left_tile = load_raw(left + start * left_stride, left_stride, row, length - start, lines, LEFT_WIDTH)
-    right_tile = load_raw(right + start * right_stride, right_stride, row, length - start, columns, WIDTH)
     for chunk in range(first, last):
-        # The next chunk is under way while this one is worked on.
-        following = long(chunk + 1) * CHUNK
-        next_left = load_raw(left + following * left_stride, left_stride, row, length - following, lines, LEFT_WIDTH)
-        next_right = load_raw(right + following * right_stride, right_stride, row, length - following, columns, WIDTH)
-        factor = tl.load(gate + following - CHUNK + row)
+        start = long(chunk) * CHUNK
+        left_tile = load_raw(left + start * left_stride, left_stride, row, length - start, lines, LEFT_WIDTH)
+        right_tile = load_raw(right + start * right_stride, right_stride, row, length - start, columns, WIDTH)
+        factor = tl.load(gate + start + row)
         _, out, through = carries(cumulative, numbers, chunk, row, CHUNK, PACKED)
         if STORE:
             store_state(states, units, chunk, offset, mask, state, bound, LEFT_WIDTH * WIDTH)
@@ -261,7 +258,6 @@ def _walk(
         state = state * through + tile * (added * (1.0 / 1024.0))
         bound = bound * through + added
         kept = kept * through
-        left_tile, right_tile = next_left, next_right
     if FINAL:
         tl.store(final + offset, state, mask=mask)
     if not STORE:
@@ -298,11 +294,17 @@ def span_kernel(
     state = tl.zeros((TILE,), tl.float32)
     if HAS_STATE:
         state = tl.load(initial + line * SIZE + offset, mask=inside, other=0.0)
+    place = line * spans + (spans - 1 if REVERSE else 0)
+    summand = tl.load(added + place * SIZE + offset, mask=inside, other=0.0)
+    factor = tl.load(factors + place)
     for step in range(0, spans):
-        place = line * spans + (spans - 1 - step if REVERSE else step)
-        summand = tl.load(added + place * SIZE + offset, mask=inside, other=0.0)
+        # The next span is under way.
+        following = tl.where(step + 1 < spans, place - 1 if REVERSE else place + 1, place)
+        next_summand = tl.load(added + following * SIZE + offset, mask=inside, other=0.0)
+        next_factor = tl.load(factors + following)
         tl.store(added + place * SIZE + offset, state, mask=inside)
-        state = state * tl.load(factors + place) + summand
+        state = state * factor + summand
+        place, summand, factor = following, next_summand, next_factor
     tl.store(final + line * SIZE + offset, state, mask=inside)
 
 
@@ -354,16 +356,20 @@ def solve_kernel(
     place = row_gates + first + row
     token = (batch * length + first) * heads + head
     key_base = key + ((batch * length + first) * key_heads + head // (heads // key_heads)) * WIDTH
-    gate = tl.load(gates + 2 * planes + place)
-    keys, key_scale = scaled_rows(load_rows(key_base, key_heads * WIDTH, row, count, lines, WIDTH), OPERAND)
-    into, _, _ = carries(gates + row_gates, number, chunk, row, CHUNK, PACKED)
-    into = into * tl.load(units + program)
-    weight = gate * gate * key_scale * key_scale
-    right_tile = load_rows(right + token * WIDTH, heads * WIDTH, row, count, lines, WIDTH)
+    # All of it under way before any of it is waited for.
+    gate, unit = tl.load(gates + 2 * planes + place), tl.load(units + program)
+    key_tile = load_raw(key_base, key_heads * WIDTH, row, count, lines, WIDTH)
     gram = load_operand(grams + program * WIDTH * WIDTH, lines, lines, WIDTH, WIDTH)
+    keys, key_scale = scaled_rows(key_tile.to(tl.float32), OPERAND)
+    right_tile = load_raw(right + token * WIDTH, heads * WIDTH, row, count, lines, WIDTH)
+    right_tile = right_tile.to(tl.float32)
+    into, _, _ = carries(gates + row_gates, number, chunk, row, CHUNK, PACKED)
+    into = into * unit
+    weight = gate * gate * key_scale * key_scale
     decay = within(gates + row_gates, number, chunk, row, CHUNK, PACKED)
     if ADJOINT:
         norm = tl.load(norms + place)
+        squared = tl.sum(right_tile * right_tile, 1)
         if RIDGE:
             key_state = dot(keys, gram, PRECISION) * (1.0 / 16384.0)
             store_rows(d_key + token * WIDTH, heads * WIDTH, row, count, lines, key_state, WIDTH)
@@ -376,8 +382,10 @@ def solve_kernel(
         size = tl.sqrt(tl.sum(right_tile * right_tile, 1))
         tl.store(rows + place, size * inverse)
         right_tile = right_tile * tl.where(size > 0, 1.0 / size, 0.0)[:, None]
+        squared = tl.where(size > 0, 1.0, 0.0)
     x, residual = solve(
         right_tile,
+        squared,
         keys,
         gram,
         into * inverse,
@@ -643,7 +651,7 @@ def compute_states(
             span_chunks,
             **flags,
             **constants(inputs, config),
-            **launch(config, "walk"),
+            **launch_walk(config, "walk", planes.device),
         )
 
     widths = (inputs.key.shape[-1], inputs.value.shape[-1])

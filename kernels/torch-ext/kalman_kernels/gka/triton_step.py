@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..jit import long, on_own_device
+from ..jit import compute_capability, long, on_own_device
 from .mixer import MixerInputs, MixerOptions
 from .reference import GKASolver
 from .triton_common import TOLERANCE, filled
@@ -64,6 +64,11 @@ def _times(state, vector):
 
 
 @triton.jit
+def _add(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
 def _solve(gram, query, iterations, ridge, tolerance, METHOD: tl.constexpr, PIPELINED: tl.constexpr):
     """(gram + ridge ||gram||_F I)^-1 query in float32, gram symmetric; README eqs. 3-5.
 
@@ -88,8 +93,8 @@ def _solve(gram, query, iterations, ridge, tolerance, METHOD: tl.constexpr, PIPE
             busy = rr > enough
             while (step < iterations) & busy:
                 product = gram * _across(image)
-                rr = tl.sum(residual * residual, 0)
-                curved = tl.sum(residual * image, 0)
+                # Both at once: threads wait for each other half as often.
+                rr, curved = tl.reduce((residual * residual, residual * image), 0, _add)
                 of_image = _row_sums(product) + ridge * image
                 ratio = rr * inverse
                 curvature = curved - ratio * ratio * curvature
@@ -216,12 +221,6 @@ def step_kernel(
     output_gate,
     numbers,
     valid,
-    query_past,
-    key_past,
-    value_past,
-    query_taps,
-    key_taps,
-    value_taps,
     decay_rate,
     decay_bias,
     norm_weight,
@@ -245,6 +244,7 @@ def step_kernel(
     eps,
     METHOD: tl.constexpr,
     PART: tl.constexpr,
+    WAITS: tl.constexpr,
     MIXER: tl.constexpr,
     DECAYS: tl.constexpr,
     GATED: tl.constexpr,
@@ -253,19 +253,16 @@ def step_kernel(
     PACKED: tl.constexpr,
     PADDED: tl.constexpr,
     EVERY: tl.constexpr,
-    TAPS: tl.constexpr,
-    KEY_SILU: tl.constexpr,
-    VALUE_CONV: tl.constexpr,
-    VALUE_SILU: tl.constexpr,
     WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     VALUE_BLOCK: tl.constexpr,
 ):
-    """A few tokens of one head. MIXER takes raw projections and does what surrounds the operator in a layer, too.
+    """A few tokens of one head. MIXER: gates and decays as projections give them, then the layer's gated norm.
 
     DECAYS: 0 none, 1 one for both states, 2 two, 3 for the value state alone. EVERY also stores all states. PART: 0 all
-    of it; 1 the solves alone, one program for each token (second axis); 2 all but the solves, done before.
+    of it; 1 the solves alone, one program for each token (second axis); 2 all but the solves, done before. WAITS: the
+    kernel before may still run until tokens are read.
     """
     PIPELINED: tl.constexpr = query.dtype.element_ty != tl.float32
     line = long(tl.program_id(0))
@@ -277,6 +274,8 @@ def step_kernel(
     key_head, value_head = head // (heads // key_heads), head // (heads // value_heads)
     offset, mask = _tile(rows, inside, columns, WIDTH)
     gram = tl.load(gram_in + line * WIDTH * WIDTH + offset, mask=mask, other=0.0)
+    if WAITS:
+        tl.extra.cuda.gdc_wait()
     previous = 0
     last = length - 1
     if PART == 1:
@@ -286,20 +285,8 @@ def step_kernel(
         place = (batch * length + token) * heads + head
         key_at = key + (batch * length + token) * (key_heads * WIDTH)
         query_at = query + (batch * length + token) * (query_heads * WIDTH)
-        if MIXER:
-            channel = key_head * WIDTH + rows
-            past = key_past + batch * (key_heads * WIDTH * (TAPS - 1))
-            k = _round(_convolved(key_at, key_heads * WIDTH, past, key_taps, token, channel, inside, TAPS), key)
-            channel = query_head * WIDTH + rows
-            past = query_past + batch * (query_heads * WIDTH * (TAPS - 1))
-            q = _convolved(query_at, query_heads * WIDTH, past, query_taps, token, channel, inside, TAPS)
-            q = _round(q, query)
-            if KEY_SILU:
-                k, q = _round(_silu(k), key), _round(_silu(q), query)
-            k, q = _round(_unit(k), key), _round(_unit(q), query)
-        else:
-            k = tl.load(key_at + key_head * WIDTH + rows, mask=inside, other=0.0).to(tl.float32)
-            q = tl.load(query_at + query_head * WIDTH + rows, mask=inside, other=0.0).to(tl.float32)
+        k = tl.load(key_at + key_head * WIDTH + rows, mask=inside, other=0.0).to(tl.float32)
+        q = tl.load(query_at + query_head * WIDTH + rows, mask=inside, other=0.0).to(tl.float32)
         if GATED:
             gate = _gate(input_gate + place, MIXER)
             k = k * gate
@@ -346,17 +333,7 @@ def step_kernel(
                 mixed + (tl.num_programs(0) * length + place) * WIDTH + columns, mask=columns < WIDTH, other=0.0
             )
             value_at = value + (batch * length + token) * (value_heads * VALUE_WIDTH)
-            channel = value_head * VALUE_WIDTH + value_rows
-            if MIXER & VALUE_CONV:
-                past = value_past + batch * (value_heads * VALUE_WIDTH * (TAPS - 1))
-                v = _convolved(
-                    value_at, value_heads * VALUE_WIDTH, past, value_taps, token, channel, value_inside, TAPS
-                )
-                v = _round(v, value)
-            else:
-                v = tl.load(value_at + channel, mask=value_inside, other=0.0).to(tl.float32)
-            if VALUE_SILU:
-                v = _round(_silu(v), value)
+            v = tl.load(value_at + value_head * VALUE_WIDTH + value_rows, mask=value_inside, other=0.0).to(tl.float32)
             if GATED:
                 gate = _gate(input_gate + place, MIXER)
                 v = v * gate
@@ -370,62 +347,175 @@ def step_kernel(
             if PADDED:
                 there = tl.load(valid + batch * length + token) != 0
                 v, keep = tl.where(there, v, 0.0), tl.where(there, keep, 1.0)
+            target = place * VALUE_WIDTH + value_rows
+            if MIXER:
+                weight = tl.load(norm_weight + value_rows, mask=value_inside, other=0.0).to(tl.float32)
+                if OUTPUT_GATED:
+                    opening = _silu(tl.load(output_gate + target, mask=value_inside, other=0.0).to(tl.float32))
             state = state * keep + _wide(v) * _along(writing)
             if EVERY:
                 tl.store(value_keys + place * VALUE_WIDTH * WIDTH + offset, state, mask=mask)
             y = _row_sums(state * _along(reading)) * scale
-            target = outputs + place * VALUE_WIDTH + value_rows
             if MIXER:
                 y = _round(y, outputs)
-                y = y / tl.sqrt(tl.sum(y * y, 0) / VALUE_WIDTH + eps)
-                y = y * tl.load(norm_weight + value_rows, mask=value_inside, other=0.0).to(tl.float32)
+                y = y / tl.sqrt(tl.sum(y * y, 0) / VALUE_WIDTH + eps) * weight
                 if OUTPUT_GATED:
-                    source = output_gate + place * VALUE_WIDTH + value_rows
-                    y = y * _silu(tl.load(source, mask=value_inside, other=0.0).to(tl.float32))
-            tl.store(target, y.to(outputs.dtype.element_ty), mask=value_inside)
+                    y = y * opening
+            tl.store(outputs + target, y.to(outputs.dtype.element_ty), mask=value_inside)
         tl.store(value_key_out + line * VALUE_WIDTH * WIDTH + offset, state, mask=mask)
 
 
 @triton.jit(do_not_specialize=["length"])
-def shift_kernel(
+def prepare_kernel(
     query,
     key,
     value,
     query_past,
     key_past,
     value_past,
+    query_taps,
+    key_taps,
+    value_taps,
     valid,
+    query_ready,
+    key_ready,
+    value_ready,
     length,
-    query_channels,
-    key_channels,
-    value_channels,
+    query_heads,
+    key_heads,
+    value_heads,
     PADDED: tl.constexpr,
     TAPS: tl.constexpr,
     PAST: tl.constexpr,
+    KEY_SILU: tl.constexpr,
+    VALUE_CONV: tl.constexpr,
+    VALUE_SILU: tl.constexpr,
+    WIDTH: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    VALUE_BLOCK: tl.constexpr,
+    AWAITED: tl.constexpr,
 ):
-    """The last TAPS - 1 tokens of each of three convolutions, (B, C, TAPS - 1), in place. PADDED: a single token."""
-    batch, which = long(tl.program_id(1)), tl.program_id(2)
-    tokens = length
+    """Convolution, SiLU and unit norm of the queries, keys or values of one head; convolution contexts in place.
+
+    AWAITED: the next kernel may start at once and waits for what it reads. PADDED: a single token.
+    """
+    if AWAITED:
+        tl.extra.cuda.gdc_launch_dependents()
+    batch, head = long(tl.program_id(0)), tl.program_id(1)
+    moved = length
     if PADDED:
         # A token that is padding does not move the window: as if there were none.
-        length = length * (tl.load(valid + batch) != 0).to(tl.int32)
-    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    if which == 0:
-        _shift(query, query_past, tokens * query_channels, batch, channel, length, query_channels, TAPS, PAST)
-    elif which == 1:
-        _shift(key, key_past, tokens * key_channels, batch, channel, length, key_channels, TAPS, PAST)
+        moved = length * (tl.load(valid + batch) != 0).to(tl.int32)
+    if head < query_heads:
+        _prepare(
+            query,
+            query_past,
+            query_taps,
+            query_ready,
+            batch,
+            head,
+            query_heads,
+            length,
+            moved,
+            TAPS,
+            PAST,
+            True,
+            KEY_SILU,
+            True,
+            WIDTH,
+            BLOCK,
+        )
+    elif head < query_heads + key_heads:
+        head -= query_heads
+        _prepare(
+            key,
+            key_past,
+            key_taps,
+            key_ready,
+            batch,
+            head,
+            key_heads,
+            length,
+            moved,
+            TAPS,
+            PAST,
+            True,
+            KEY_SILU,
+            True,
+            WIDTH,
+            BLOCK,
+        )
     else:
-        _shift(value, value_past, tokens * value_channels, batch, channel, length, value_channels, TAPS, PAST)
+        head -= query_heads + key_heads
+        _prepare(
+            value,
+            value_past,
+            value_taps,
+            value_ready,
+            batch,
+            head,
+            value_heads,
+            length,
+            moved,
+            TAPS,
+            PAST,
+            VALUE_CONV,
+            VALUE_SILU,
+            False,
+            VALUE_WIDTH,
+            VALUE_BLOCK,
+        )
 
 
 @triton.jit
-def _shift(raw, past, stride, batch, channel, length, channels, TAPS: tl.constexpr, PAST: tl.constexpr):
+def _prepare(
+    raw,
+    past,
+    taps,
+    ready,
+    batch,
+    head,
+    heads,
+    length,
+    moved,
+    TAPS: tl.constexpr,
+    PAST: tl.constexpr,
+    CONV: tl.constexpr,
+    SILU: tl.constexpr,
+    UNIT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    channels = heads * WIDTH
+    rows = tl.arange(0, BLOCK)
+    inside = rows < WIDTH
+    channel = tl.where(inside, head * WIDTH + rows, channels)
+    raw += batch * length * channels
+    ready += batch * length * channels
+    past += batch * channels * (TAPS - 1)
+    for token in range(0, length):
+        if CONV:
+            x = _convolved(raw + token * channels, channels, past, taps, token, channel, inside, TAPS)
+        else:
+            x = tl.load(raw + token * channels + channel, mask=inside, other=0.0).to(tl.float32)
+        x = _round(x, raw)
+        if SILU:
+            x = _round(_silu(x), raw)
+        if UNIT:
+            x = _unit(x)
+        tl.store(ready + token * channels + channel, x.to(ready.dtype.element_ty), mask=inside)
+    if CONV & (TAPS > 1):
+        tl.debug_barrier()
+        _shift(raw, past, channel, moved, channels, TAPS, PAST)
+
+
+@triton.jit
+def _shift(raw, past, channel, length, channels, TAPS: tl.constexpr, PAST: tl.constexpr):
+    """The last TAPS - 1 tokens of a convolution's window, in place."""
     slot = tl.arange(0, PAST)
     mask = (channel < channels)[:, None] & (slot < TAPS - 1)[None, :]
     token = length - (TAPS - 1) + slot
-    raw += batch * stride
-    past += batch * channels * (TAPS - 1)
     fresh = tl.load(
         raw + token[None, :] * channels + channel[:, None], mask=mask & (token >= 0)[None, :], other=0.0
     ).to(past.dtype.element_ty)
@@ -465,22 +555,14 @@ def gka_triton_step(
         (inputs.log_decay, inputs.key_log_decay, inputs.solution_mix, inputs.input_gate, None),
         inputs.numbers,
         None,
-        (none,) * 9,
+        (none,) * 3,
         (*state, *after, *trail),
         outputs,
         heads,
         solver,
         scale,
         0.0,
-        {
-            "MIXER": False,
-            "DECAYS": decay_count(inputs),
-            "EVERY": every,
-            "TAPS": 1,
-            "KEY_SILU": False,
-            "VALUE_CONV": False,
-        }
-        | {"VALUE_SILU": False, "WIDTH": width, "VALUE_WIDTH": value_width},
+        {"MIXER": False, "DECAYS": decay_count(inputs), "EVERY": every, "WAITS": False},
     )
     return outputs, *after, *trail
 
@@ -497,56 +579,58 @@ def gka_triton_mixer_step(inputs: MixerInputs, solver: GKASolver, options: Mixer
     heads = inputs.key_gram.shape[1]
     outputs = inputs.query.new_empty(batch, length, heads, value_width)
     none = inputs.query
-    decays = 0 if inputs.decay_step is None else 1 if options.decay_gram else 3
-    taps = inputs.query_taps.shape[1]
-    surroundings = (
+    taps, block, value_block = inputs.query_taps.shape[1], filled(width), filled(value_width)
+    with_value = inputs.value_taps is not None or options.value_silu
+    raw = (inputs.query, inputs.key, inputs.value)
+    ready = (*(torch.empty_like(t) for t in raw[:2]), torch.empty_like(raw[2]) if with_value else raw[2])
+    # Where a kernel may start while the one before it ends, the step loads its state meanwhile.
+    waits = compute_capability(none.device) >= 90
+    prepare_kernel[(batch, query_heads + key_heads + (value_heads if with_value else 0))](
+        *raw,
         inputs.query_past,
         inputs.key_past,
-        inputs.value_past,
+        none if inputs.value_past is None else inputs.value_past,
         inputs.query_taps,
         inputs.key_taps,
-        inputs.value_taps,
-        inputs.decay_rate,
-        inputs.decay_bias,
-        inputs.norm_weight,
+        none if inputs.value_taps is None else inputs.value_taps,
+        none if inputs.valid is None else inputs.valid,
+        *ready,
+        length,
+        query_heads,
+        key_heads,
+        value_heads,
+        PADDED=inputs.valid is not None,
+        TAPS=taps,
+        PAST=triton.next_power_of_2(max(1, taps - 1)),
+        KEY_SILU=options.key_silu,
+        VALUE_CONV=inputs.value_taps is not None,
+        VALUE_SILU=options.value_silu,
+        WIDTH=width,
+        VALUE_WIDTH=value_width,
+        BLOCK=block,
+        VALUE_BLOCK=value_block,
+        AWAITED=waits,
+        num_warps=1,
     )
-    states = (inputs.key_gram, inputs.value_key)
     _launch(
-        (inputs.query, inputs.key, inputs.value),
+        ready,
         (inputs.decay_step, None, inputs.solution_mix, inputs.input_gate, inputs.output_gate),
         None,
         inputs.valid,
-        tuple(none if t is None else t for t in surroundings),
-        (*states, *states, none, none),
+        (*(none if t is None else t for t in (inputs.decay_rate, inputs.decay_bias)), inputs.norm_weight),
+        (inputs.key_gram, inputs.value_key, inputs.key_gram, inputs.value_key, none, none),
         outputs,
         heads,
         solver,
         options.scale,
         options.eps,
-        {"MIXER": True, "DECAYS": decays, "EVERY": False, "TAPS": taps, "KEY_SILU": options.key_silu}
-        | {"VALUE_CONV": inputs.value_taps is not None, "VALUE_SILU": options.value_silu}
-        | {"WIDTH": width, "VALUE_WIDTH": value_width},
+        {
+            "MIXER": True,
+            "DECAYS": 0 if inputs.decay_step is None else 1 if options.decay_gram else 3,
+            "EVERY": False,
+            "WAITS": waits,
+        },
     )
-    if taps > 1:
-        channels = [query_heads * width, key_heads * width, value_heads * value_width]
-        block = 256
-        with_value = inputs.value_past is not None
-        shift_kernel[(triton.cdiv(max(channels), block), batch, 3 if with_value else 2)](
-            inputs.query,
-            inputs.key,
-            inputs.value,
-            inputs.query_past,
-            inputs.key_past,
-            inputs.value_past if with_value else inputs.key_past,
-            inputs.key if inputs.valid is None else inputs.valid,
-            length,
-            *channels,
-            PADDED=inputs.valid is not None,
-            TAPS=taps,
-            PAST=triton.next_power_of_2(taps - 1),
-            BLOCK=block,
-            num_warps=4,
-        )
     return outputs
 
 
@@ -564,10 +648,15 @@ def _launch(tokens, gates, numbers, valid, surroundings, states, outputs, heads,
         "PADDED": valid is not None,
         "BLOCK": block,
         "VALUE_BLOCK": value_block,
+        "WIDTH": width,
+        "VALUE_WIDTH": value.shape[-1],
         **options,
     }
 
     def start(grid: tuple[int, ...], **changes: int) -> None:
+        options = constants | changes
+        if options["WAITS"]:
+            options["launch_pdl"] = True
         step_kernel[grid](
             query,
             key,
@@ -589,12 +678,12 @@ def _launch(tokens, gates, numbers, valid, surroundings, states, outputs, heads,
             solver.squared_tolerance(TOLERANCE["float32" if query.dtype == torch.float32 else "float16"]),
             scale,
             eps,
-            **constants | changes,
+            **options,
             num_warps=WARPS[max(block, value_block)],
         )
 
     if length > 1 and batch * heads <= SPREAD_PROGRAMS and constants["METHOD"] != 0:
         start((batch * heads, length), PART=1, EVERY=False)
-        start((batch * heads,), PART=2)
+        start((batch * heads,), PART=2, WAITS=False)
     else:
         start((batch * heads,), PART=0)
