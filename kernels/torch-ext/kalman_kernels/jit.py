@@ -1,7 +1,7 @@
 """What the Triton kernels of several operators share, on the host and on the device."""
 
 # Triton turns annotations and defaults of jitted functions into objects of its own.
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportOptionalMemberAccess=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
