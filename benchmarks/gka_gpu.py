@@ -1,11 +1,12 @@
 """Speed and memory of the Gated KalmaNet kernels on a GPU, beside `mesa_net` of flash-linear-attention in one process.
 
-    python benchmarks/gka_gpu.py [--sections prefill decode scaling ceilings]
+    python benchmarks/gka_gpu.py [--sections prefill decode scaling ceilings kernels]
 
 Sections that are not named stay as the file has them, each with the environment that it was measured in.
 
 `mesa_net` (fla-core 0.6.0, the same ridge regression with a fixed ridge and 30 conjugate-gradient steps) takes part
 when it is installed. Forward is timed without gradients, forward+backward with gradients of every input but the state.
+`kernels` has the time of every kernel, the bytes that it cannot avoid and what share of the ceilings that makes.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from record import RESULTS, continued, environment, write
 from kalman_kernels import GKASolver, GKAState, gated_kalmanet, gated_kalmanet_step
 from kalman_kernels.gka import MixerInputs, MixerOptions, gka_mixer_step
 
-SECTIONS = ("ceilings", "decode", "prefill", "scaling")
+SECTIONS = ("ceilings", "decode", "kernels", "prefill", "scaling")
 # (B, T, H, D)
 PREFILL = [(8, 2048, 16, 128), (1, 32768, 16, 128), (1, 131072, 16, 128)]
 OTHER = [(8, 2048, 32, 128), (8, 2048, 16, 64), (8, 2048, 9, 64)]
@@ -37,6 +38,19 @@ DECODE = [
     (256, 9, 64),
 ]
 SCALING = [2**n for n in range(11, 21)]
+# Tensors of the size of the queries, and chunks' states of one kind, that kernels of one forward and backward pass read
+# or write at least once, all calls together.
+NEEDED = {
+    "walk": (4, 4),
+    "solve": (8, 2),
+    "read": (5, 1),
+    "adjoint_read": (6, 1),
+    "adjoint_query": (5, 0),
+    "adjoint_walk": (5, 2),
+    "adjoint_gram": (5, 1),
+    "adjoint_value": (8, 1),
+}
+CHUNK = 64
 
 
 def problem(batch, length, heads, width, decay, dtype=torch.bfloat16, seed=0):
@@ -239,6 +253,85 @@ def scaling(rows, save, heads=8, width=128):
         )
 
 
+def profiled(function, repeats=5):
+    """Microseconds of one call's kernels by their names, and how often each is launched."""
+    from torch.profiler import ProfilerActivity, profile
+
+    for _ in range(2):
+        function()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        for _ in range(repeats):
+            function()
+        torch.cuda.synchronize()
+    names = {
+        event.key.removesuffix("_kernel"): event for event in trace.key_averages() if event.key.endswith("_kernel")
+    }
+    return {
+        n: (round(e.device_time_total / repeats, 1), e.count // repeats) for n, e in names.items() if n.isidentifier()
+    }
+
+
+def solver_iterations(tensors, ridge=0.02, limit=20, tolerance=1e-6):
+    """Mean number of iterations that a chunk's forward solve takes, on the first two heads of the first row.
+
+    Conjugate gradients in float32 on every H_t; a chunk goes on until its last token is done, in rounds of two.
+    """
+    query, key, _, log_decay, _, gate = (t[0, :, :2].float().transpose(0, 1) for t in tensors)
+    key, keep = key * gate[..., None], log_decay.exp()
+    heads, length, width = key.shape
+    gram, means = torch.zeros(heads, width, width, device=key.device), []
+    for start in range(0, length - CHUNK + 1, CHUNK):
+        grams = []
+        for token in range(start, start + CHUNK):
+            k = key[:, token]
+            gram = gram * keep[:, token, None, None] + k[:, :, None] * k[:, None, :]
+            grams.append(gram)
+        grams, residual = torch.stack(grams, 1), query[:, start : start + CHUNK]
+        shift = ridge * grams.square().sum((-1, -2)).sqrt()[..., None]
+        direction, rr = residual, residual.square().sum(-1, keepdim=True)
+        done, count = tolerance * rr, torch.zeros(heads, device=key.device)
+        for _ in range(limit):
+            busy = (rr > done).any(1)[:, 0]
+            count += busy
+            image = (grams @ direction[..., None])[..., 0] + shift * direction
+            step = torch.where(rr > done, rr / (direction * image).sum(-1, keepdim=True), 0)
+            residual = residual - step * image
+            following = residual.square().sum(-1, keepdim=True)
+            direction, rr = residual + following / rr * direction, following
+        means.append((2 * (count / 2).ceil()).mean())
+    return round(torch.stack(means).mean().item(), 2)
+
+
+def kernels(rows, save):
+    """What each kernel of a forward and backward pass takes; of the forward solve also its arithmetic."""
+    solver = GKASolver("cg", 20)
+    for batch, length, heads, width in PREFILL[:2]:
+        for decay in DECAYS:
+            tensors = [t.requires_grad_() for t in problem(batch, length, heads, width, decay)]
+            tokens = 2 * batch * length * heads * width
+            states = tokens * width // CHUNK
+            times = profiled(lambda t=tensors: ours(t, solver).sum().backward())
+            with torch.no_grad():
+                forward = profiled(lambda t=tensors: ours(t, solver))["solve"][0]
+                iterations = solver_iterations(tensors)
+            products = iterations * batch * length * heads * (2 * width * width + 4 * CHUNK * width)
+            row = {"shape": (batch, length, heads, width), "decay": decay, "kernels": {}}
+            for name, (spent, calls) in sorted(times.items(), key=lambda item: -item[1][0]):
+                row["kernels"][name] = {"us": spent, "calls": calls}
+                if name in NEEDED:
+                    moved = NEEDED[name][0] * tokens + NEEDED[name][1] * states
+                    row["kernels"][name] |= {"bytes": moved, "tb_per_s": round(moved / spent / 1e6, 2)}
+            row["forward_solve"] = {
+                "us": forward,
+                "iterations": iterations,
+                "tflops": round(products / forward / 1e6, 1),
+            }
+            rows.append(row)
+            save()
+            print(row, flush=True)
+
+
 def tune():
     """Times of every chunk kernel under the launch options worth trying, best first."""
     from torch.profiler import ProfilerActivity, profile
@@ -305,7 +398,7 @@ def main():
     if "ceilings" in options.sections:
         result["ceilings"] = ceilings()
         print(result["ceilings"], flush=True)
-    for name, section in (("decode", decode), ("prefill", prefill), ("scaling", scaling)):
+    for name, section in (("decode", decode), ("prefill", prefill), ("scaling", scaling), ("kernels", kernels)):
         if name in options.sections:
             section(result[name], save)
     save()

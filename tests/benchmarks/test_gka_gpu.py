@@ -1,0 +1,35 @@
+"""What the GPU benchmark counts, where there is no GPU."""
+
+import gka_gpu
+import pytest
+import torch
+
+
+def tensors(query, key):
+    heads, length = 2, 128
+    rows = [t.expand(1, length, heads, -1).clone() for t in (query, key)]
+    ones = torch.ones(1, length, heads)
+    return [*rows, rows[1], -0.1 * ones, ones, ones]
+
+
+def test_iterations_are_those_of_the_dimensions_that_a_query_and_the_keys_span():
+    first, second = torch.eye(16)[:2]
+    assert gka_gpu.solver_iterations(tensors(first, first)) == 2.0
+    assert gka_gpu.solver_iterations(tensors(first + second, first)) == 2.0
+    query, key, *rest = tensors(first + second, first)
+    # Three eigenvalues meet the query: three iterations, in rounds of two.
+    query = query + torch.eye(16)[2]
+    key = torch.where(torch.arange(128)[None, :, None, None] % 3 == 0, 2 * torch.eye(16)[1], key)
+    assert gka_gpu.solver_iterations([query, key, *rest]) == 4.0
+
+
+def test_an_empty_state_takes_no_more_than_a_round():
+    assert gka_gpu.solver_iterations(tensors(torch.eye(16)[0], torch.zeros(16))) <= 2.0
+
+
+def test_bytes_are_counted_for_kernels_that_exist():
+    forward = pytest.importorskip("kalman_kernels.gka.triton_forward")
+    backward = pytest.importorskip("kalman_kernels.gka.triton_backward")
+    for name in gka_gpu.NEEDED:
+        assert hasattr(forward, f"{name}_kernel") or hasattr(backward, f"{name}_kernel"), name
+    assert gka_gpu.CHUNK == 64
