@@ -356,13 +356,12 @@ def solve_kernel(
     place = row_gates + first + row
     token = (batch * length + first) * heads + head
     key_base = key + ((batch * length + first) * key_heads + head // (heads // key_heads)) * WIDTH
-    # All of it under way before any of it is waited for.
+    # The state is under way before the keys are waited for.
     gate, unit = tl.load(gates + 2 * planes + place), tl.load(units + program)
     key_tile = load_raw(key_base, key_heads * WIDTH, row, count, lines, WIDTH)
     gram = load_operand(grams + program * WIDTH * WIDTH, lines, lines, WIDTH, WIDTH)
     keys, key_scale = scaled_rows(key_tile.to(tl.float32), OPERAND)
-    right_tile = load_raw(right + token * WIDTH, heads * WIDTH, row, count, lines, WIDTH)
-    right_tile = right_tile.to(tl.float32)
+    right_tile = load_rows(right + token * WIDTH, heads * WIDTH, row, count, lines, WIDTH)
     into, _, _ = carries(gates + row_gates, number, chunk, row, CHUNK, PACKED)
     into = into * unit
     weight = gate * gate * key_scale * key_scale
