@@ -6,7 +6,7 @@ Sections that are not named stay as the file has them, each with the environment
 
 `mesa_net` (fla-core 0.6.0, the same ridge regression with a fixed ridge and 30 conjugate-gradient steps) takes part
 when it is installed. Forward is timed without gradients, forward+backward with gradients of every input but the state.
-`kernels` has the time of every kernel, the bytes that it cannot avoid and what share of the ceilings that makes.
+`kernels` has the time of every kernel and the bytes that it cannot avoid in it, to compare with `ceilings`.
 """
 
 import argparse
@@ -264,15 +264,16 @@ def profiled(function, repeats=5):
         for _ in range(repeats):
             function()
         torch.cuda.synchronize()
-    names = {
-        event.key.removesuffix("_kernel"): event for event in trace.key_averages() if event.key.endswith("_kernel")
-    }
-    return {
-        n: (round(e.device_time_total / repeats, 1), e.count // repeats) for n, e in names.items() if n.isidentifier()
-    }
+    times = {}
+    for event in trace.key_averages():
+        name = event.key.removesuffix("_kernel")
+        # Triton's have plain names, others the whole signature.
+        if name != event.key and name.isidentifier():
+            times[name] = round(event.device_time_total / repeats, 1), event.count // repeats
+    return times
 
 
-def solver_iterations(tensors, ridge=0.02, limit=20, tolerance=1e-6):
+def iterations_taken(tensors, ridge=0.02, limit=20, tolerance=1e-6):
     """Mean number of iterations that a chunk's forward solve takes, on the first two heads of the first row.
 
     Conjugate gradients in float32 on every H_t; a chunk goes on until its last token is done, in rounds of two.
@@ -314,7 +315,7 @@ def kernels(rows, save):
             times = profiled(lambda t=tensors: ours(t, solver).sum().backward())
             with torch.no_grad():
                 forward = profiled(lambda t=tensors: ours(t, solver))["solve"][0]
-                iterations = solver_iterations(tensors)
+                iterations = iterations_taken(tensors)
             products = iterations * batch * length * heads * (2 * width * width + 4 * CHUNK * width)
             row = {"shape": (batch, length, heads, width), "decay": decay, "kernels": {}}
             for name, (spent, calls) in sorted(times.items(), key=lambda item: -item[1][0]):
@@ -333,39 +334,23 @@ def kernels(rows, save):
 
 
 def tune():
-    """Times of every chunk kernel under the launch options worth trying, best first."""
-    from torch.profiler import ProfilerActivity, profile
-
+    """Microseconds of every chunk kernel under the launch options worth trying, best first."""
     from kalman_kernels.gka import triton_common
 
     tensors = [t.requires_grad_() for t in problem(8, 2048, 16, 128, 0.99)]
-    times = {}
+    times = {name: [] for name in NEEDED}
     for options in (
         {"num_warps": 4},
         {"num_warps": 8},
         {"num_warps": 8, "maxnreg": 128},
         {"num_warps": 4, "maxnreg": 168},
     ):
-        kernels = [
-            "walk",
-            "read",
-            "solve",
-            "adjoint_read",
-            "adjoint_query",
-            "adjoint_walk",
-            "adjoint_gram",
-            "adjoint_value",
-        ]
-        triton_common.LAUNCH.update(dict.fromkeys(kernels, options))
-        for _ in range(2):
-            with profile(activities=[ProfilerActivity.CUDA]) as trace:
-                ours(tensors, GKASolver("cg", 20)).sum().backward()
-                torch.cuda.synchronize()
-        for event in trace.key_averages():
-            if event.key.removesuffix("_kernel") in kernels:
-                times.setdefault(event.key, []).append((round(event.device_time_total / 1e3, 3), options))
-    for kernel, found in times.items():
-        print(kernel, sorted(found, key=lambda pair: pair[0]))
+        triton_common.LAUNCH.update(dict.fromkeys(NEEDED, options))
+        found = profiled(lambda: ours(tensors, GKASolver("cg", 20)).sum().backward())
+        for name in NEEDED:
+            times[name].append((found[name][0], options))
+    for name, found in times.items():
+        print(name, sorted(found, key=lambda pair: pair[0]))
 
 
 def draw(result, folder):

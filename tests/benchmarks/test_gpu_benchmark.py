@@ -14,17 +14,17 @@ def tensors(query, key):
 
 def test_iterations_are_those_of_the_dimensions_that_a_query_and_the_keys_span():
     first, second = torch.eye(16)[:2]
-    assert gka_gpu.solver_iterations(tensors(first, first)) == 2.0
-    assert gka_gpu.solver_iterations(tensors(first + second, first)) == 2.0
+    assert gka_gpu.iterations_taken(tensors(first, first)) == 2.0
+    assert gka_gpu.iterations_taken(tensors(first + second, first)) == 2.0
     query, key, *rest = tensors(first + second, first)
     # Three eigenvalues meet the query: three iterations, in rounds of two.
     query = query + torch.eye(16)[2]
     key = torch.where(torch.arange(128)[None, :, None, None] % 3 == 0, 2 * torch.eye(16)[1], key)
-    assert gka_gpu.solver_iterations([query, key, *rest]) == 4.0
+    assert gka_gpu.iterations_taken([query, key, *rest]) == 4.0
 
 
 def test_an_empty_state_takes_no_more_than_a_round():
-    assert gka_gpu.solver_iterations(tensors(torch.eye(16)[0], torch.zeros(16))) <= 2.0
+    assert gka_gpu.iterations_taken(tensors(torch.eye(16)[0], torch.zeros(16))) <= 2.0
 
 
 def test_bytes_are_counted_for_kernels_that_exist():

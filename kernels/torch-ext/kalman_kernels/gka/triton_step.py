@@ -142,8 +142,7 @@ def _convolved(raw, stride, past, weight, token, channel, mask, TAPS: tl.constex
     """sum_l weight[c, TAPS-1-l] x_{t-l}[c]; tokens before the first come from `past` (channels, TAPS - 1)."""
     total = tl.zeros_like(channel).to(tl.float32)
     for lag in tl.static_range(TAPS):
-        here = mask & (channel >= 0) & (token - lag >= 0)
-        before = mask & (channel >= 0) & (token - lag < 0)
+        here, before = mask & (token - lag >= 0), mask & (token - lag < 0)
         x = tl.load(raw - lag * stride + channel, mask=here, other=0.0).to(tl.float32)
         x += tl.load(past + channel * (TAPS - 1) + (TAPS - 1 + token - lag), mask=before, other=0.0).to(tl.float32)
         total += x * tl.load(weight + channel * TAPS + (TAPS - 1 - lag), mask=mask, other=0.0).to(tl.float32)
@@ -490,7 +489,7 @@ def _prepare(
     channels = heads * WIDTH
     rows = tl.arange(0, BLOCK)
     inside = rows < WIDTH
-    channel = tl.where(inside, head * WIDTH + rows, channels)
+    channel = head * WIDTH + rows
     raw += batch * length * channels
     ready += batch * length * channels
     past += batch * channels * (TAPS - 1)
@@ -506,15 +505,14 @@ def _prepare(
             x = _unit(x)
         tl.store(ready + token * channels + channel, x.to(ready.dtype.element_ty), mask=inside)
     if CONV & (TAPS > 1):
-        tl.debug_barrier()
-        _shift(raw, past, channel, moved, channels, TAPS, PAST)
+        _shift(raw, past, channel, inside, moved, channels, TAPS, PAST)
 
 
 @triton.jit
-def _shift(raw, past, channel, length, channels, TAPS: tl.constexpr, PAST: tl.constexpr):
+def _shift(raw, past, channel, inside, length, channels, TAPS: tl.constexpr, PAST: tl.constexpr):
     """The last TAPS - 1 tokens of a convolution's window, in place."""
     slot = tl.arange(0, PAST)
-    mask = (channel < channels)[:, None] & (slot < TAPS - 1)[None, :]
+    mask = inside[:, None] & (slot < TAPS - 1)[None, :]
     token = length - (TAPS - 1) + slot
     fresh = tl.load(
         raw + token[None, :] * channels + channel[:, None], mask=mask & (token >= 0)[None, :], other=0.0
@@ -522,6 +520,7 @@ def _shift(raw, past, channel, length, channels, TAPS: tl.constexpr, PAST: tl.co
     old = tl.load(
         past + channel[:, None] * (TAPS - 1) + (TAPS - 1 + token)[None, :], mask=mask & (token < 0)[None, :], other=0.0
     )
+    # Every thread has read the window, here and in the convolution.
     tl.debug_barrier()
     tl.store(
         past + channel[:, None] * (TAPS - 1) + slot[None, :], tl.where((token >= 0)[None, :], fresh, old), mask=mask
@@ -654,9 +653,9 @@ def _launch(tokens, gates, numbers, valid, surroundings, states, outputs, heads,
     }
 
     def start(grid: tuple[int, ...], **changes: int) -> None:
-        options = constants | changes
-        if options["WAITS"]:
-            options["launch_pdl"] = True
+        flags = constants | changes
+        if flags["WAITS"]:
+            flags["launch_pdl"] = True
         step_kernel[grid](
             query,
             key,
@@ -678,7 +677,7 @@ def _launch(tokens, gates, numbers, valid, surroundings, states, outputs, heads,
             solver.squared_tolerance(TOLERANCE["float32" if query.dtype == torch.float32 else "float16"]),
             scale,
             eps,
-            **options,
+            **flags,
             num_warps=WARPS[max(block, value_block)],
         )
 
