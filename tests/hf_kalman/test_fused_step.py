@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import tiny_model, tokens
 
-pytest.importorskip("triton")
+triton_step = pytest.importorskip("kalman_kernels.gka.triton_step")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = {
@@ -31,11 +31,16 @@ def continued(model, implementation, ids, mask):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-5), (torch.float16, 1e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "bound", "together"),
+    [(torch.float32, 2e-5, False), (torch.float16, 1e-2, False), (torch.float16, 1e-2, True)],
+)
 @pytest.mark.parametrize("gpu", [pytest.param(True, marks=pytest.mark.gpu), False])
-def test_fused_step_is_the_layer(shape, dtype, bound, gpu):
+def test_fused_step_is_the_layer(shape, dtype, bound, together, gpu, monkeypatch):
     if gpu != torch.cuda.is_available():
         pytest.skip("runs compiled on a GPU, interpreted elsewhere")
+    if together:
+        monkeypatch.setattr(triton_step, "first_part", lambda length, *_: 3 if length > 1 else 0)
     model = tiny_model(["linear_attention"], **SHAPES[shape])
     with torch.no_grad():
         for parameter in model.parameters():

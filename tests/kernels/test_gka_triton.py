@@ -126,11 +126,10 @@ def test_values_and_keys_far_from_one_survive_half_precision():
     assert relative_error(outputs, exact) <= 5e-3
 
 
-# Tokens of more heads than `side_by_side` are solved one after the other.
-@pytest.mark.parametrize(("length", "side_by_side"), [(1, 32), (4, 32), (4, 0)])
+@pytest.mark.parametrize(("length", "part"), [(1, 0), (4, 0), (4, 1)])
 @pytest.mark.parametrize("solver", [GKASolver("cg", 24), GKASolver("chebyshev", 30), GKASolver("cg", 0)])
-def test_a_step_is_the_reference_and_keeps_every_state(length, side_by_side, solver, monkeypatch):
-    monkeypatch.setattr(triton_step, "SPREAD_PROGRAMS", side_by_side)
+def test_a_step_is_the_reference_and_keeps_every_state(length, part, solver, monkeypatch):
+    monkeypatch.setattr(triton_step, "first_part", lambda *_: part)
     inputs = [t.float() for t in make_inputs(length, **SMALL)]
     wide = [t.double() for t in inputs]
     options = {"every_state": True, "solver": solver}
@@ -156,10 +155,10 @@ def test_a_step_is_the_reference_and_keeps_every_state(length, side_by_side, sol
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("side_by_side", [32, 0])
+@pytest.mark.parametrize("part", [0, 1, 3])
 @pytest.mark.parametrize(("length", "kind"), [(2, "plain"), (5, "packed+padded"), (8, "packed")])
-def test_several_half_precision_tokens(length, kind, side_by_side, dtype, monkeypatch):
-    monkeypatch.setattr(triton_step, "SPREAD_PROGRAMS", side_by_side)
+def test_several_half_precision_tokens(length, kind, part, dtype, monkeypatch):
+    monkeypatch.setattr(triton_step, "first_part", lambda *_: part)
     inputs = halved(make_inputs(length, **SMALL, width=12, value_width=20), dtype)
     segments = make_segments(kind, 1, length)
     with torch.no_grad():
@@ -168,6 +167,15 @@ def test_several_half_precision_tokens(length, kind, side_by_side, dtype, monkey
     # Outputs are rounded to their dtype; states are float32.
     assert relative_error(outputs, exact) <= {torch.float16: 5e-3, torch.bfloat16: 6e-3}[dtype]
     assert all(relative_error(a, b) <= 5e-7 for a, b in zip(state, exact_state, strict=True))
+
+
+def test_tokens_are_solved_together_where_that_is_faster():
+    part = triton_step.first_part
+    assert part(1, 4096, torch.float16) == 0
+    assert [part(n, 64, torch.float16) for n in (2, 4, 8)] == [1, 1, 1]
+    assert [part(n, 128, torch.bfloat16) for n in (2, 4, 8)] == [0, 0, 3]
+    assert [part(n, 4096, torch.float16) for n in (2, 3, 4, 8)] == [0, 0, 3, 3]
+    assert part(8, 4096, torch.float32) == 0
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 3, 4, 6])

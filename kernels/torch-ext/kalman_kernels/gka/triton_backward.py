@@ -17,6 +17,7 @@ from torch import Tensor
 from ..jit import long, on_own_device
 from .reference import GKASolver
 from .triton_common import (
+    between,
     carries,
     dot,
     launch,
@@ -97,25 +98,27 @@ def adjoint_read_kernel(
     key_base = key + ((batch * length + first) * key_heads + head // (heads // key_heads)) * WIDTH
     value_base = value + ((batch * length + first) * value_heads + head // (heads // value_heads)) * VALUE_WIDTH
     token = (batch * length + first) * heads + head
-    gate = tl.load(gates + 2 * planes + place)
-    mix = tl.load(gates + 3 * planes + place)
-    dy, dy_scale = scaled_rows(
-        load_rows(d_outputs + token * VALUE_WIDTH, heads * VALUE_WIDTH, row, count, value_lines, VALUE_WIDTH), OPERAND
-    )
+    gate, mix = tl.load(gates + 2 * planes + place), tl.load(gates + 3 * planes + place)
+    unit = tl.load(units + tl.num_programs(0) + program)
+    dy = load_raw(d_outputs + token * VALUE_WIDTH, heads * VALUE_WIDTH, row, count, value_lines, VALUE_WIDTH)
     state = load_operand(value_keys + program * VALUE_WIDTH * WIDTH, value_lines, lines, VALUE_WIDTH, WIDTH)
+    keys = load_raw(key_base, key_heads * WIDTH, row, count, lines, WIDTH)
+    values = load_raw(value_base, value_heads * VALUE_WIDTH, row, count, value_lines, VALUE_WIDTH)
+    dy, dy_scale = scaled_rows(dy.to(tl.float32), OPERAND)
     into, _, _ = carries(gates + planes + row_gates, number, chunk, row, CHUNK, PACKED)
-    into = into * tl.load(units + tl.num_programs(0) + program)
+    into = into * unit
     result = dot(dy, state, PRECISION) * into[:, None]
-    keys, key_scale = scaled_rows(load_rows(key_base, key_heads * WIDTH, row, count, lines, WIDTH), OPERAND)
-    values, value_scale = scaled_rows(
-        load_rows(value_base, value_heads * VALUE_WIDTH, row, count, value_lines, VALUE_WIDTH), OPERAND
-    )
+    keys, key_scale = scaled_rows(keys.to(tl.float32), OPERAND)
+    values, value_scale = scaled_rows(values.to(tl.float32), OPERAND)
+    query_tile = load_raw(query + token * WIDTH, heads * WIDTH, row, count, lines, WIDTH)
+    if METHOD != 0:
+        x = load_raw(solutions + token * WIDTH, heads * WIDTH, row, count, lines, WIDTH)
     weight, weight_scale = scaled_vector(gate * gate * key_scale * value_scale)
     weights = within(gates + planes + row_gates, number, chunk, row, CHUNK, PACKED) * weight[None, :]
     inside = (dot(dy, tl.trans(values), PRECISION) * weights).to(OPERAND)
-    query_tile = load_rows(query + token * WIDTH, heads * WIDTH, row, count, lines, WIDTH)
+    query_tile = query_tile.to(tl.float32)
     if METHOD != 0:
-        x = load_rows(solutions + token * WIDTH, heads * WIDTH, row, count, lines, WIDTH)
+        x = x.to(tl.float32)
     result += dot(inside, keys, PRECISION) * weight_scale
     result = result * (dy_scale * scale)[:, None]
     query_dot = tl.sum(query_tile * result, 1)
@@ -565,31 +568,34 @@ def adjoint_gram_kernel(
     token = (batch * length + first) * heads + head
     gate = tl.load(gates + 2 * planes + place)
     key_base = key + ((batch * length + first) * key_heads + head // (heads // key_heads)) * WIDTH
-    keys, key_scale = scaled_rows(load_rows(key_base, key_heads * WIDTH, row, count, lines, WIDTH), OPERAND)
+    # All of it under way before any of it is waited for.
+    keys = load_raw(key_base, key_heads * WIDTH, row, count, lines, WIDTH)
+    if METHOD != 0:
+        x = load_raw(solutions + token * WIDTH, heads * WIDTH, row, count, lines, WIDTH)
+        z = load_raw(adjoints + token * WIDTH, heads * WIDTH, row, count, lines, WIDTH)
+    if RIDGE:
+        key_state = load_raw(d_key + token * WIDTH, heads * WIDTH, row, count, lines, WIDTH)
+    keys, key_scale = scaled_rows(keys.to(tl.float32), OPERAND)
+    if METHOD != 0:
+        x, x_scale = scaled_rows(x.to(tl.float32), OPERAND)
+        z, z_scale = scaled_rows(z.to(tl.float32), OPERAND)
     into, out, _ = carries(gates + row_gates, number, chunk, row, CHUNK, PACKED)
+    decays = between(gates + row_gates, number, chunk, row, CHUNK, PACKED)
     total = tl.zeros([CHUNK, BLOCK], tl.float32)
     if RIDGE:
         weight = tl.load(rows + 2 * planes + place)
         weight += out * out * tl.load(arriving + line * (chunks + 1) + chunk + 1)
-        key_state = load_rows(d_key + token * WIDTH, heads * WIDTH, row, count, lines, WIDTH)
-        total -= key_state * (into * weight * (2 * 16384.0 * tl.load(gram_units + program)))[:, None]
-        # The decay between two tokens and the weight of the later one.
-        decay = within(gates + row_gates, number, chunk, row, CHUNK, PACKED)
-        decay = tl.where(
-            row[:, None] >= row[None, :],
-            decay * weight[:, None],
-            within(gates + row_gates, number, chunk, row, CHUNK, PACKED, True) * weight[None, :],
-        )
+        total -= key_state.to(tl.float32) * (into * weight * (2 * 16384.0 * tl.load(gram_units + program)))[:, None]
+        # With the weight of the later one.
+        decay = decays * tl.where(row[:, None] >= row[None, :], weight[:, None], weight[None, :])
         sizes, sizes_scale = scaled_vector(2 * gate * gate * key_scale * key_scale)
         weight_scale, weight_inverse = power_of_two(tl.max(tl.abs(weight), 0))
         pairs = (dot(keys, tl.trans(keys), PRECISION) * (decay * weight_inverse) * sizes[None, :]).to(OPERAND)
         total -= dot(pairs, keys, PRECISION) * (sizes_scale * weight_scale)
     if METHOD != 0:
-        x, x_scale = scaled_rows(load_rows(solutions + token * WIDTH, heads * WIDTH, row, count, lines, WIDTH), OPERAND)
-        z, z_scale = scaled_rows(load_rows(adjoints + token * WIDTH, heads * WIDTH, row, count, lines, WIDTH), OPERAND)
         sizes = x_scale * z_scale * tl.load(rows + place) * tl.load(rows + planes + place)
         sizes, sizes_scale = scaled_vector(sizes)
-        weights = within(gates + row_gates, number, chunk, row, CHUNK, PACKED, True) * sizes[None, :]
+        weights = tl.where(row[:, None] <= row[None, :], decays, 0.0) * sizes[None, :]
         pairs = (dot(keys, tl.trans(x), PRECISION) * weights).to(OPERAND)
         others = (dot(keys, tl.trans(z), PRECISION) * weights).to(OPERAND)
         total -= (dot(pairs, z, PRECISION) + dot(others, x, PRECISION)) * sizes_scale

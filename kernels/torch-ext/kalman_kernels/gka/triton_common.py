@@ -131,6 +131,18 @@ def within(
 
 
 @triton.jit
+def between(cumulative, numbers, chunk, rows, CHUNK: tl.constexpr, PACKED: tl.constexpr):
+    """(CHUNK, CHUNK) decay between two tokens of one sequence, whichever comes first: `within` and its transpose."""
+    log = tl.load(cumulative + chunk * CHUNK + rows)
+    difference = log[:, None] - log[None, :]
+    decay = tl.exp2(tl.where(rows[:, None] >= rows[None, :], difference, -difference))
+    if PACKED:
+        number = tl.load(numbers + chunk * CHUNK + rows)
+        decay = tl.where(number[:, None] == number[None, :], decay, 0.0)
+    return decay
+
+
+@triton.jit
 def products(left, left_scale, right, right_scale, weight, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
     """sum_j weight_j left_j right_j^T as (tile, bound): the sum is tile * bound / 1024, no element exceeds bound.
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from ..jit import compute_capability, long, on_own_device
 from .mixer import MixerInputs, MixerOptions
 from .reference import GKASolver
-from .triton_common import TOLERANCE, filled
-from .triton_forward import TritonInputs, decay_count, method
+from .triton_common import TOLERANCE, filled, load_rows, power_of_two, scaled_rows, solve, store_rows
+from .triton_forward import TritonInputs, chunk_norm, decay_count, method
 
 __all__ = ["gka_triton_mixer_step", "gka_triton_step"]
 
@@ -25,6 +25,8 @@ __all__ = ["gka_triton_mixer_step", "gka_triton_step"]
 BLOCK_AXIS = tl.constexpr(1 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) else 0)
 # How much larger than asked the squared residual is at which pipelined conjugate gradients take their last step.
 NEAR = tl.constexpr(10.0)
+# Rows of several tokens that are solved together: the least that matrix units take.
+ROOM = tl.constexpr(16)
 
 
 @triton.jit
@@ -166,23 +168,145 @@ def _round(x, pointer):
 
 
 @triton.jit
-def _gate(pointer, MIXER: tl.constexpr):
-    """An input gate; MIXER: before its sigmoid."""
-    gate = tl.load(pointer).to(tl.float32)
+def _opened(gate, pointer, MIXER: tl.constexpr):
+    """An input gate of the pointer's dtype; MIXER: before its sigmoid."""
     if MIXER:
         gate = _round(_round(1.0 / (1.0 + tl.exp(-gate)), pointer) + 1e-6, pointer)
     return gate
 
 
 @triton.jit
-def _kept(pointer, rate, bias, MIXER: tl.constexpr):
-    """What a state keeps: exp of a log decay; MIXER: of -exp(A_log) softplus(a + dt_bias)."""
-    log = tl.load(pointer).to(tl.float32)
+def _log_kept(log, rate, bias, MIXER: tl.constexpr):
+    """The logarithm of what a state keeps; MIXER: -exp(A_log) softplus(log + dt_bias)."""
     if MIXER:
         x = log + tl.load(bias).to(tl.float32)
         softplus = tl.where(x > 20.0, x, tl.log(1.0 + tl.exp(tl.minimum(x, 20.0))))
         log = -tl.exp(tl.load(rate).to(tl.float32)) * softplus
-    return tl.exp(log)
+    return log
+
+
+@triton.jit
+def _vector(pointer, token, length, stride, lines, WIDTH: tl.constexpr):
+    """One token's vector in float32, 0 from `length` on."""
+    mask = lines < tl.where(long(token) < length, WIDTH, 0)
+    return tl.load(pointer + token * stride + lines, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _scalars(
+    input_gate,
+    log_decay,
+    numbers,
+    valid,
+    token,
+    length,
+    heads,
+    GATED: tl.constexpr,
+    DECAYED: tl.constexpr,
+    PACKED: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """Gate, log decay, number and validity of a token as they are stored; neutral where there are none."""
+    here = long(token) < length
+    gate, log, number, there = 1.0, 0.0, 0, 1
+    if GATED:
+        gate = tl.load(input_gate + token * heads, mask=here, other=0.0).to(tl.float32)
+    if DECAYED:
+        log = tl.load(log_decay + token * heads, mask=here, other=0.0).to(tl.float32)
+    if PACKED:
+        number = tl.load(numbers + token, mask=here, other=0)
+    if PADDED:
+        there = tl.load(valid + token, mask=here, other=0).to(tl.int32)
+    return gate, log, number, there
+
+
+@triton.jit
+def _solve_together(
+    operand,
+    unit,
+    query,
+    key,
+    query_stride,
+    key_stride,
+    log_decay,
+    decay_rate,
+    decay_bias,
+    solution_mix,
+    input_gate,
+    numbers,
+    valid,
+    mixed,
+    length,
+    heads,
+    iterations,
+    ridge,
+    tolerance,
+    METHOD: tl.constexpr,
+    MIXER: tl.constexpr,
+    DECAYED: tl.constexpr,
+    GATED: tl.constexpr,
+    MIXED: tl.constexpr,
+    PACKED: tl.constexpr,
+    PADDED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The queries that read, of all tokens: a chunk of ROOM tokens after H_0 = unit * operand, as prompts are solved.
+
+    Pointers are at the first token of a row and head.
+    """
+    token, lines = tl.arange(0, ROOM), tl.arange(0, BLOCK)
+    here = token < length
+    keys = load_rows(key, key_stride, token, length, lines, WIDTH)
+    queries = load_rows(query, query_stride, token, length, lines, WIDTH)
+    if GATED:
+        gate = tl.load(input_gate + token * heads, mask=here, other=0.0).to(tl.float32)
+        keys = keys * _opened(gate, input_gate, MIXER)[:, None]
+    log = tl.zeros([ROOM], tl.float32)
+    if DECAYED:
+        log = tl.load(log_decay + token * heads, mask=here, other=0.0).to(tl.float32)
+        log = tl.where(here, _log_kept(log, decay_rate, decay_bias, MIXER), 0.0)
+    if PADDED:
+        there = tl.load(valid + token, mask=here, other=0) != 0
+        log = tl.where(there, log, 0.0)
+        keys, queries = tl.where(there[:, None], keys, 0.0), tl.where(there[:, None], queries, 0.0)
+    log = tl.cumsum(log, 0)
+    into = tl.exp(log)
+    earlier, following = token[:, None] >= token[None, :], token[:, None] <= token[None, :]
+    if PACKED:
+        number = tl.load(numbers + token, mask=here, other=0)
+        into = tl.where(number == 0, into, 0.0)
+        same = number[:, None] == number[None, :]
+        earlier, following = earlier & same, following & same
+    decay = tl.where(earlier, tl.exp(log[:, None] - log[None, :]), 0.0)
+    later = tl.where(following, tl.exp(log[None, :] - log[:, None]), 0.0)
+    keys, key_scale = scaled_rows(keys, tl.float16)
+    weight = key_scale * key_scale
+    into = into * unit
+    norm = chunk_norm(keys, operand, into, decay, later, weight, "ieee")
+    inverse = tl.where(norm > 0, 1.0 / norm, 0.0)
+    size = tl.sqrt(tl.sum(queries * queries, 1))
+    x, _ = solve(
+        queries * tl.where(size > 0, 1.0 / size, 0.0)[:, None],
+        tl.where(size > 0, 1.0, 0.0),
+        keys,
+        operand,
+        into * inverse,
+        (decay * weight[None, :] * inverse[:, None]).to(tl.float16),
+        iterations,
+        ridge,
+        tolerance,
+        METHOD,
+        tl.float16,
+        "ieee",
+    )
+    x = x * (size * inverse)[:, None]
+    if MIXED:
+        mix = tl.load(solution_mix + token * heads, mask=here, other=0.0).to(tl.float32)
+        if MIXER:
+            mix = _round(1.0 / (1.0 + tl.exp(-mix)), solution_mix)
+        x = queries + mix[:, None] * (x - queries)
+    store_rows(mixed, heads * WIDTH, token, length, lines, x, WIDTH)
 
 
 @triton.jit
@@ -243,7 +367,7 @@ def step_kernel(
     eps,
     METHOD: tl.constexpr,
     PART: tl.constexpr,
-    WAITS: tl.constexpr,
+    EARLY: tl.constexpr,
     MIXER: tl.constexpr,
     DECAYS: tl.constexpr,
     GATED: tl.constexpr,
@@ -260,9 +384,10 @@ def step_kernel(
     """A few tokens of one head. MIXER: gates and decays as projections give them, then the layer's gated norm.
 
     DECAYS: 0 none, 1 one for both states, 2 two, 3 for the value state alone. EVERY also stores all states. PART: 0 all
-    of it; 1 the solves alone, one program for each token (second axis); 2 all but the solves, done before. WAITS: the
-    kernel before may still run until tokens are read.
+    of it, token after token; 1 the solves alone, one program for each token (second axis); 2 all but the solves, done
+    before; 3 all of it, tokens solved together. EARLY: the kernel before may still run until tokens are read.
     """
+    TOGETHER: tl.constexpr = PART == 3
     PIPELINED: tl.constexpr = query.dtype.element_ty != tl.float32
     line = long(tl.program_id(0))
     batch, head = line // heads, line % heads
@@ -271,89 +396,153 @@ def step_kernel(
     inside, value_inside = rows < WIDTH, value_rows < VALUE_WIDTH
     query_head = head // (heads // query_heads)
     key_head, value_head = head // (heads // key_heads), head // (heads // value_heads)
-    offset, mask = _tile(rows, inside, columns, WIDTH)
+    if TOGETHER:
+        # Rows and columns alone: nothing is summed over either before the products of matrices.
+        offset = rows[:, None] * WIDTH + rows[None, :]
+        mask = inside[:, None] & inside[None, :]
+    else:
+        offset, mask = _tile(rows, inside, columns, WIDTH)
     gram = tl.load(gram_in + line * WIDTH * WIDTH + offset, mask=mask, other=0.0)
-    if WAITS:
+    if TOGETHER:
+        unit, inverse = power_of_two(tl.max(tl.abs(gram)))
+        operand = (gram * (inverse * 16384.0)).to(tl.float16)
+        unit = unit * (1.0 / 16384.0)
+    if EARLY:
         tl.extra.cuda.gdc_wait()
     previous = 0
     last = length - 1
     if PART == 1:
         last = tl.program_id(1)
+    first = batch * length
+    place = first * heads + head
+    # From here on pointers are at the first token of the row and head.
+    key += (first * key_heads + key_head) * WIDTH
+    query += (first * query_heads + query_head) * WIDTH
+    value += (first * value_heads + value_head) * VALUE_WIDTH
+    input_gate += place
+    log_decay += place
+    key_log_decay += place
+    solution_mix += place
+    decay_rate += head
+    decay_bias += head
+    numbers += first
+    valid += first
+    of_gram = key_log_decay if DECAYS == 2 else log_decay
+    DECAYED: tl.constexpr = (DECAYS == 1) | (DECAYS == 2)
+    k = _vector(key, 0, length, key_heads * WIDTH, rows, WIDTH)
+    gate, log, number, there = _scalars(
+        input_gate, of_gram, numbers, valid, 0, length, heads, GATED, DECAYED, PACKED, PADDED
+    )
     q = tl.zeros([BLOCK], tl.float32)
     for token in range(0, last + 1):
-        place = (batch * length + token) * heads + head
-        key_at = key + (batch * length + token) * (key_heads * WIDTH)
-        query_at = query + (batch * length + token) * (query_heads * WIDTH)
-        k = tl.load(key_at + key_head * WIDTH + rows, mask=inside, other=0.0).to(tl.float32)
-        q = tl.load(query_at + query_head * WIDTH + rows, mask=inside, other=0.0).to(tl.float32)
+        # The next token is under way.
+        next_k = _vector(key, token + 1, length, key_heads * WIDTH, rows, WIDTH)
+        next_gate, next_log, next_number, next_there = _scalars(
+            input_gate, of_gram, numbers, valid, token + 1, length, heads, GATED, DECAYED, PACKED, PADDED
+        )
+        if PART < 2:
+            q = _vector(query, token, length, query_heads * WIDTH, rows, WIDTH)
         if GATED:
-            gate = _gate(input_gate + place, MIXER)
-            k = k * gate
+            k = k * _opened(gate, input_gate, MIXER)
         keep = 1.0
-        if (DECAYS == 1) | (DECAYS == 2):
-            if DECAYS == 2:
-                keep = tl.exp(tl.load(key_log_decay + place).to(tl.float32))
-            else:
-                keep = _kept(log_decay + place, decay_rate + head, decay_bias + head, MIXER)
+        if DECAYED:
+            keep = tl.exp(_log_kept(log, decay_rate, decay_bias, MIXER))
         if PACKED:
-            number = tl.load(numbers + batch * length + token)
             keep = tl.where(number == previous, keep, 0.0)
             previous = number
         if PADDED:
-            there = tl.load(valid + batch * length + token) != 0
-            k, q, keep = tl.where(there, k, 0.0), tl.where(there, q, 0.0), tl.where(there, keep, 1.0)
-        gram = gram * keep + _wide(k) * _across(k)
+            k, keep = tl.where(there != 0, k, 0.0), tl.where(there != 0, keep, 1.0)
+            if PART < 2:
+                q = tl.where(there != 0, q, 0.0)
+        gram = gram * keep + k[:, None] * k[None, :] if TOGETHER else gram * keep + _wide(k) * _across(k)
         if EVERY:
-            tl.store(grams + place * WIDTH * WIDTH + offset, gram, mask=mask)
+            tl.store(grams + (place + token * heads) * WIDTH * WIDTH + offset, gram, mask=mask)
         if (PART != 1) & (token == last):
             # Under way while the solve runs.
             tl.store(gram_out + line * WIDTH * WIDTH + offset, gram, mask=mask)
-        if (PART == 0) & (METHOD != 0):
-            q = _mixed(gram, q, solution_mix + place, iterations, ridge, tolerance, METHOD, PIPELINED, MIXED, MIXER)
+        at = mixed + (place + token * heads) * WIDTH
         if PART == 0:
-            tl.store(mixed + place * WIDTH + rows, q, mask=inside)
+            if METHOD != 0:
+                mix_at = solution_mix + token * heads
+                q = _mixed(gram, q, mix_at, iterations, ridge, tolerance, METHOD, PIPELINED, MIXED, MIXER)
+            tl.store(at + rows, q, mask=inside)
         if PART != 1:
             # The key waits beside the query: the value state needs it again.
-            tl.store(mixed + (tl.num_programs(0) * length + place) * WIDTH + rows, k, mask=inside)
+            tl.store(at + tl.num_programs(0) * length * WIDTH + rows, k, mask=inside)
+        k, gate, log, number, there = next_k, next_gate, next_log, next_number, next_there
     if PART == 1:
-        place = (batch * length + last) * heads + head
-        q = _mixed(gram, q, solution_mix + place, iterations, ridge, tolerance, METHOD, PIPELINED, MIXED, MIXER)
-        tl.store(mixed + place * WIDTH + rows, q, mask=inside)
-    else:
+        mix_at = solution_mix + last * heads
+        q = _mixed(gram, q, mix_at, iterations, ridge, tolerance, METHOD, PIPELINED, MIXED, MIXER)
+        tl.store(mixed + (place + last * heads) * WIDTH + rows, q, mask=inside)
+    if TOGETHER:
+        _solve_together(
+            operand,
+            unit,
+            query,
+            key,
+            query_heads * WIDTH,
+            key_heads * WIDTH,
+            of_gram,
+            decay_rate,
+            decay_bias,
+            solution_mix,
+            input_gate,
+            numbers,
+            valid,
+            mixed + place * WIDTH,
+            length,
+            heads,
+            iterations,
+            ridge,
+            tolerance,
+            METHOD,
+            MIXER,
+            DECAYED,
+            GATED,
+            MIXED,
+            PACKED,
+            PADDED,
+            WIDTH,
+            BLOCK,
+        )
+    if PART != 1:
         tl.debug_barrier()
 
         offset, mask = _tile(value_rows, value_inside, columns, WIDTH)
         state = tl.load(value_key_in + line * VALUE_WIDTH * WIDTH + offset, mask=mask, other=0.0)
         previous = 0
+        reads, writes = mixed + place * WIDTH, mixed + (tl.num_programs(0) * length + place) * WIDTH
+        reading = _vector(reads, 0, length, heads * WIDTH, columns, WIDTH)
+        writing = _vector(writes, 0, length, heads * WIDTH, columns, WIDTH)
+        v = _vector(value, 0, length, value_heads * VALUE_WIDTH, value_rows, VALUE_WIDTH)
+        gate, log, number, there = _scalars(
+            input_gate, log_decay, numbers, valid, 0, length, heads, GATED, DECAYS > 0, PACKED, PADDED
+        )
+        if MIXER:
+            weight = tl.load(norm_weight + value_rows, mask=value_inside, other=0.0).to(tl.float32)
         for token in range(0, length):
-            place = (batch * length + token) * heads + head
-            reading = tl.load(mixed + place * WIDTH + columns, mask=columns < WIDTH, other=0.0)
-            writing = tl.load(
-                mixed + (tl.num_programs(0) * length + place) * WIDTH + columns, mask=columns < WIDTH, other=0.0
+            next_reading = _vector(reads, token + 1, length, heads * WIDTH, columns, WIDTH)
+            next_writing = _vector(writes, token + 1, length, heads * WIDTH, columns, WIDTH)
+            next_v = _vector(value, token + 1, length, value_heads * VALUE_WIDTH, value_rows, VALUE_WIDTH)
+            next_gate, next_log, next_number, next_there = _scalars(
+                input_gate, log_decay, numbers, valid, token + 1, length, heads, GATED, DECAYS > 0, PACKED, PADDED
             )
-            value_at = value + (batch * length + token) * (value_heads * VALUE_WIDTH)
-            v = tl.load(value_at + value_head * VALUE_WIDTH + value_rows, mask=value_inside, other=0.0).to(tl.float32)
             if GATED:
-                gate = _gate(input_gate + place, MIXER)
-                v = v * gate
+                v = v * _opened(gate, input_gate, MIXER)
             keep = 1.0
             if DECAYS > 0:
-                keep = _kept(log_decay + place, decay_rate + head, decay_bias + head, MIXER)
+                keep = tl.exp(_log_kept(log, decay_rate, decay_bias, MIXER))
             if PACKED:
-                number = tl.load(numbers + batch * length + token)
                 keep = tl.where(number == previous, keep, 0.0)
                 previous = number
             if PADDED:
-                there = tl.load(valid + batch * length + token) != 0
-                v, keep = tl.where(there, v, 0.0), tl.where(there, keep, 1.0)
-            target = place * VALUE_WIDTH + value_rows
-            if MIXER:
-                weight = tl.load(norm_weight + value_rows, mask=value_inside, other=0.0).to(tl.float32)
-                if OUTPUT_GATED:
-                    opening = _silu(tl.load(output_gate + target, mask=value_inside, other=0.0).to(tl.float32))
+                v, keep = tl.where(there != 0, v, 0.0), tl.where(there != 0, keep, 1.0)
+            target = (place + token * heads) * VALUE_WIDTH + value_rows
+            if MIXER & OUTPUT_GATED:
+                opening = _silu(tl.load(output_gate + target, mask=value_inside, other=0.0).to(tl.float32))
             state = state * keep + _wide(v) * _along(writing)
             if EVERY:
-                tl.store(value_keys + place * VALUE_WIDTH * WIDTH + offset, state, mask=mask)
+                tl.store(value_keys + (place + token * heads) * VALUE_WIDTH * WIDTH + offset, state, mask=mask)
             y = _row_sums(state * _along(reading)) * scale
             if MIXER:
                 y = _round(y, outputs)
@@ -361,6 +550,8 @@ def step_kernel(
                 if OUTPUT_GATED:
                     y = y * opening
             tl.store(outputs + target, y.to(outputs.dtype.element_ty), mask=value_inside)
+            reading, writing, v = next_reading, next_writing, next_v
+            gate, log, number, there = next_gate, next_log, next_number, next_there
         tl.store(value_key_out + line * VALUE_WIDTH * WIDTH + offset, state, mask=mask)
 
 
@@ -393,13 +584,14 @@ def prepare_kernel(
     VALUE_WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     VALUE_BLOCK: tl.constexpr,
-    AWAITED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Convolution, SiLU and unit norm of the queries, keys or values of one head; convolution contexts in place.
 
-    AWAITED: the next kernel may start at once and waits for what it reads. PADDED: a single token.
+    EARLY: as in `step_kernel`, and the next may start once this one need not wait any more. PADDED: a single token.
     """
-    if AWAITED:
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     batch, head = long(tl.program_id(0)), tl.program_id(1)
     moved = length
@@ -493,6 +685,19 @@ def _prepare(
     raw += batch * length * channels
     ready += batch * length * channels
     past += batch * channels * (TAPS - 1)
+    if CONV & (TAPS > 1):
+        # With the loads of the convolution under way: a second wait for memory would keep the step waiting.
+        slot = tl.arange(0, PAST)
+        window = inside[:, None] & (slot < TAPS - 1)[None, :]
+        source = moved - (TAPS - 1) + slot
+        fresh = tl.load(
+            raw + source[None, :] * channels + channel[:, None], mask=window & (source >= 0)[None, :], other=0.0
+        )
+        old = tl.load(
+            past + channel[:, None] * (TAPS - 1) + (TAPS - 1 + source)[None, :],
+            mask=window & (source < 0)[None, :],
+            other=0.0,
+        )
     for token in range(0, length):
         if CONV:
             x = _convolved(raw + token * channels, channels, past, taps, token, channel, inside, TAPS)
@@ -505,32 +710,17 @@ def _prepare(
             x = _unit(x)
         tl.store(ready + token * channels + channel, x.to(ready.dtype.element_ty), mask=inside)
     if CONV & (TAPS > 1):
-        _shift(raw, past, channel, inside, moved, channels, TAPS, PAST)
-
-
-@triton.jit
-def _shift(raw, past, channel, inside, length, channels, TAPS: tl.constexpr, PAST: tl.constexpr):
-    """The last TAPS - 1 tokens of a convolution's window, in place."""
-    slot = tl.arange(0, PAST)
-    mask = inside[:, None] & (slot < TAPS - 1)[None, :]
-    token = length - (TAPS - 1) + slot
-    fresh = tl.load(
-        raw + token[None, :] * channels + channel[:, None], mask=mask & (token >= 0)[None, :], other=0.0
-    ).to(past.dtype.element_ty)
-    old = tl.load(
-        past + channel[:, None] * (TAPS - 1) + (TAPS - 1 + token)[None, :], mask=mask & (token < 0)[None, :], other=0.0
-    )
-    # Every thread has read the window, here and in the convolution.
-    tl.debug_barrier()
-    tl.store(
-        past + channel[:, None] * (TAPS - 1) + slot[None, :], tl.where((token >= 0)[None, :], fresh, old), mask=mask
-    )
+        tl.debug_barrier()
+        after = tl.where((source >= 0)[None, :], fresh.to(past.dtype.element_ty), old)
+        tl.store(past + channel[:, None] * (TAPS - 1) + slot[None, :], after, mask=window)
 
 
 # Warps by the wider of both widths. More are slower: the solve then waits for its barriers.
 WARPS = {16: 1, 32: 1, 64: 2, 128: 4}
 # Up to how many heads of all rows several tokens are solved side by side, in a launch of their own.
 SPREAD_PROGRAMS = 64
+# From how many tokens of all heads on four tokens and more are solved together.
+TOGETHER_TOKENS = 1024
 
 
 @on_own_device
@@ -561,7 +751,7 @@ def gka_triton_step(
         solver,
         scale,
         0.0,
-        {"MIXER": False, "DECAYS": decay_count(inputs), "EVERY": every, "WAITS": False},
+        {"MIXER": False, "DECAYS": decay_count(inputs), "EVERY": every, "EARLY": False},
     )
     return outputs, *after, *trail
 
@@ -583,7 +773,7 @@ def gka_triton_mixer_step(inputs: MixerInputs, solver: GKASolver, options: Mixer
     raw = (inputs.query, inputs.key, inputs.value)
     ready = (*(torch.empty_like(t) for t in raw[:2]), torch.empty_like(raw[2]) if with_value else raw[2])
     # Where a kernel may start while the one before it ends, the step loads its state meanwhile.
-    waits = compute_capability(none.device) >= 90
+    early = compute_capability(none.device) >= 90
     prepare_kernel[(batch, query_heads + key_heads + (value_heads if with_value else 0))](
         *raw,
         inputs.query_past,
@@ -608,8 +798,9 @@ def gka_triton_mixer_step(inputs: MixerInputs, solver: GKASolver, options: Mixer
         VALUE_WIDTH=value_width,
         BLOCK=block,
         VALUE_BLOCK=value_block,
-        AWAITED=waits,
         num_warps=1,
+        EARLY=early,
+        **({"launch_pdl": True} if early else {}),
     )
     _launch(
         ready,
@@ -627,10 +818,19 @@ def gka_triton_mixer_step(inputs: MixerInputs, solver: GKASolver, options: Mixer
             "MIXER": True,
             "DECAYS": 0 if inputs.decay_step is None else 1 if options.decay_gram else 3,
             "EVERY": False,
-            "WAITS": waits,
+            "EARLY": early,
         },
     )
     return outputs
+
+
+def first_part(length: int, programs: int, dtype: torch.dtype) -> int:
+    """`step_kernel`'s PART in which the tokens of `programs` heads are solved first or at all."""
+    if length == 1:
+        return 0
+    if programs <= SPREAD_PROGRAMS:
+        return 1
+    return 3 if dtype != torch.float32 and length > 3 and length * programs >= TOGETHER_TOKENS else 0
 
 
 def _launch(tokens, gates, numbers, valid, surroundings, states, outputs, heads, solver, scale, eps, options) -> None:
@@ -654,7 +854,7 @@ def _launch(tokens, gates, numbers, valid, surroundings, states, outputs, heads,
 
     def start(grid: tuple[int, ...], **changes: int) -> None:
         flags = constants | changes
-        if flags["WAITS"]:
+        if flags["EARLY"]:
             flags["launch_pdl"] = True
         step_kernel[grid](
             query,
@@ -681,8 +881,9 @@ def _launch(tokens, gates, numbers, valid, surroundings, states, outputs, heads,
             num_warps=WARPS[max(block, value_block)],
         )
 
-    if length > 1 and batch * heads <= SPREAD_PROGRAMS and constants["METHOD"] != 0:
+    part = first_part(length, batch * heads, query.dtype) if constants["METHOD"] != 0 else 0
+    if part == 1:
         start((batch * heads, length), PART=1, EVERY=False)
-        start((batch * heads,), PART=2, WAITS=False)
+        start((batch * heads,), PART=2, EARLY=False)
     else:
-        start((batch * heads,), PART=0)
+        start((batch * heads,), PART=part)
