@@ -28,6 +28,8 @@ OFFLOADED += [Kinds(["full_attention", "linear_attention", "full_attention"], fa
 
 @pytest.mark.parametrize("kinds", OFFLOADED, ids=lambda kinds: f"{kinds.family} {len(kinds)}")
 def test_an_offloaded_cache_gives_the_same(kinds):
+    if "full_attention" in kinds and version.parse(transformers.__version__) < version.parse("5.20"):
+        pytest.skip("the host's prefetch does not wait for its own offload before 5.20")
     model, ids = tiny_model(kinds).cuda(), tokens(2, 70).cuda()
     options = {"do_sample": False, "max_new_tokens": 12, "disable_compile": True}
     expected = model.generate(ids, **options)
