@@ -93,8 +93,8 @@ def gka(dtype, width, solver, packed=False, length=600):
     differentiated([outputs, *after])
 
 
-def gka_step(dtype, width, solver, tokens, every):
-    batch, heads = 1, 2
+def gka_step(dtype, width, solver, tokens, every, batch=1):
+    heads = 2
     tensors = [torch.rand(batch, tokens, h, width).to(dtype) for h in (heads, 1, 1)]
     gates = [torch.rand(batch, tokens, heads) for _ in range(3)]
     state = GKAState(*(torch.rand(batch, heads, width, width) for _ in range(2)))
@@ -110,8 +110,8 @@ def gka_step(dtype, width, solver, tokens, every):
     )
 
 
-def mixer_step(dtype, width, tokens=1, taps=4):
-    batch, heads = 1, 2
+def mixer_step(dtype, width, tokens=1, taps=4, batch=1):
+    heads = 2
     channels = heads * width
 
     def random(*shape):
@@ -165,9 +165,12 @@ def build(capability):
     gka(torch.float32, 64, cg)
     gka(torch.float32, 128, cg)
     gka_step(torch.bfloat16, 128, cg, 4, True)
+    # So many heads that their tokens are solved together.
+    gka_step(torch.bfloat16, 128, cg, 8, True, batch=64)
     gka_step(torch.float32, 64, chebyshev, 1, False)
     mixer_step(torch.bfloat16, 128)
     mixer_step(torch.float16, 64, 4)
+    mixer_step(torch.float16, 64, 8, batch=64)
     kla(torch.bfloat16)
     around(torch.bfloat16)
     return list(built.values())
