@@ -3,10 +3,12 @@
     python benchmarks/solver_tolerance.py [--model FOLDER --text FILE]
 
 The operator on the GPU if there is one, else on the CPU, against the float64 direct solve; with a GKA model also its
-perplexity on the first 16 windows of 1,024 tokens (4 on a CPU) of a text. Results: `results/solver_tolerance.json`.
+perplexity on the first 16 windows of 1,024 tokens (4 on a CPU) of a text. Without one that of an earlier run stays in
+the file, with its own environment. Results: `results/solver_tolerance.json`.
 """
 
 import argparse
+import json
 import math
 import time
 from pathlib import Path
@@ -108,6 +110,12 @@ def perplexities(folder, text, device):
     return {"iterations": model.config.solver_iterations, "windows": len(windows), "rows": rows}
 
 
+def earlier(file):
+    """A model's part of an earlier run, with the environment that was measured in."""
+    before = json.loads(file.read_text()) if file.exists() else {}
+    return {"environment": before["environment"], **before["model"]} if "model" in before else None
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path)
@@ -117,7 +125,9 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     result = {"environment": environment(device), "shape": [str(s) for s in SHAPES[device]], "rows": operator(device)}
     if options.model is not None:
-        result["model"] = perplexities(options.model, options.text, device)
+        result["model"] = {"environment": result["environment"], **perplexities(options.model, options.text, device)}
+    elif model := earlier(options.output / "solver_tolerance.json"):
+        result["model"] = model
     write("solver_tolerance", result, options.output)
 
 
