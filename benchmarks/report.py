@@ -262,12 +262,14 @@ def losses(result, name):
     """What was trained, its curves and its table."""
     models = {model: row for model, row in result["models"].items() if "curve" in row}
     tokens = next(iter(models.values()))["tokens"]
+    halved = {model: row for model, row in result.get("halved", {}).items() if "curve" in row}
     rows = [
         [
             NAMES[model],
             f"{row['held_out_bits_per_byte']:.3f}",
             f"{next(b for t, b in row['curve'] if t >= tokens / 4):.3f}",
             f"{row['learning_rate']:g}",
+            *([f"{halved[model]['held_out_bits_per_byte']:.3f}" if model in halved else ""] if halved else []),
         ]
         for model, row in sorted(models.items(), key=lambda pair: pair[1]["held_out_bits_per_byte"])
     ]
@@ -278,7 +280,8 @@ def losses(result, name):
         f"([JSON](../benchmarks/results/{name}.json), {device(result)})"
         + (f"; not run: {', '.join(missing)}.\n" if missing else ".\n"),
         f"![held-out bits per byte over tokens](../benchmarks/results/{name}.png)\n",
-        table(["", "bits/byte", "at a quarter", "rate"], rows) + "\n",
+        table(["", "bits/byte", "at a quarter", "rate", *(["bits/byte at half the rate"] if halved else [])], rows)
+        + "\n",
     ]
 
 

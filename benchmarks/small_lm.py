@@ -5,8 +5,9 @@
 
 CORPUS are files of documents separated by blank lines (`.txt` or `.txt.gz`). A byte-level BPE tokenizer of 8,192 tokens
 is trained on the training documents; every 30th is held out. Learning rates are chosen by the held-out loss of a
-quarter of the budget, from a grid that goes on while its end is best. Peers are flash-linear-attention's layers in the
-same blocks (`registry.py`), with MLPs that make all models equally large. The output projections of all mixers start at
+quarter of the budget, from a grid that goes on while its end is best; as a rate that is good for a quarter may be too
+high for all of it, half of it is run as well. Peers are flash-linear-attention's layers in the same blocks
+(`registry.py`), with MLPs that make all models equally large. The output projections of all mixers start at
 `--output-start` of the deviation of other weights, GKA's default. `results/small_lm.json` (64 windows a step:
 `small_lm_64.json`; a start of 1: `small_lm_wide.json`) and a plot: held-out bits per byte against tokens; for KLA also
 how its marginal entropy goes with the loss of the same token; variants of GKA and KLA at a quarter of the budget, each
@@ -160,18 +161,19 @@ def bits_per_byte(model, held, held_bytes, share):
 
 
 def learn(model, optimizer, batch):
-    """One step."""
+    """One step; the gradient's norm."""
     with torch.autocast(batch.device.type, torch.bfloat16):
         loss = model(batch, labels=batch, use_cache=False).loss
-    descend(model, optimizer, loss)
+    return descend(model, optimizer, loss)
 
 
 def descend(model, optimizer, loss):
-    """Clipped gradients of the loss into the weights."""
+    """Clipped gradients of the loss into the weights; their norm before."""
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
+    return norm
 
 
 def set_rate(optimizer, rate, step, steps, warm):
@@ -182,25 +184,32 @@ def set_rate(optimizer, rate, step, steps, warm):
 
 
 def train(name, data, budget, rate, evaluations, device, changes=None, size=None):
-    """Losses along the way and the final bits per byte; AdamW, cosine, bfloat16 autocast."""
+    """Losses along the way and the final bits per byte; AdamW, cosine, bfloat16 autocast.
+
+    `gradient_norms`: the largest between two evaluations, before they are clipped.
+    """
     training, held, held_bytes, share = data
     model = build(name, changes=changes).to(device).train()
     optimizer = torch.optim.AdamW(weight_decay_groups(model, 0.1), rate, betas=(0.9, 0.95))
     size = BATCH if size is None else size
     steps = budget // (size * WINDOW)
     order = torch.cat([torch.randperm(len(training)) for _ in range(1 + steps * size // len(training))])
-    curve = []
+    curve, norms, largest = [], [], torch.zeros((), device=device)
     for step in range(steps):
         set_rate(optimizer, rate, step, steps, min(100, steps // 5 + 1))
-        learn(model, optimizer, training[order[step * size : (step + 1) * size]])
+        norm = learn(model, optimizer, training[order[step * size : (step + 1) * size]])
+        largest = torch.maximum(largest, norm)
         if (step + 1) % max(1, steps // evaluations) == 0 or step + 1 == steps:
             curve.append(((step + 1) * size * WINDOW, round(bits_per_byte(model, held, held_bytes, share), 4)))
+            norms.append(round(largest.item(), 3))
+            largest = torch.zeros_like(largest)
     return model, {
         "learning_rate": rate,
         "parameters": sum(p.numel() for p in model.parameters()),
         "tokens": steps * size * WINDOW,
         "held_out_bits_per_byte": curve[-1][1],
         "curve": curve,
+        "gradient_norms": norms,
     }
 
 
@@ -262,7 +271,7 @@ def run(job, device, data, budget, size=None, start=OUTPUT_START):
 
 
 def learned(job, device, data, budget, size, start):
-    """One model, rates searched, or one variant of a model at a known rate."""
+    """One model, rates searched unless one is given, or one variant of a model at a known rate."""
     name, changes, rate = job
     own = {"output_start": start}
     if device.type == "cuda":
@@ -270,6 +279,8 @@ def learned(job, device, data, budget, size, start):
     if changes is not None:
         return train(name, data(device), budget // 4, rate, 4, device, own | changes, size)[1]
     data = data(device)
+    if rate is not None:
+        return train(name, data, budget, rate, 12, device, own, size)[1]
     rates, search = list(RATES), {}
     for rate in rates:
         row = train(name, data, budget // 4, rate, 1, device, own, size)[1]
@@ -336,7 +347,7 @@ def main():
 
 
 def qualities(options, devices, workers):
-    """Train every model, then the variants."""
+    """Train every model, once more at half its rate, then the variants."""
     started = time.time()
     data = Data(*prepare(options.corpus))
     print(f"{data.training.numel()} training tokens, {time.time() - started:.0f} s to prepare", flush=True)
@@ -351,6 +362,7 @@ def qualities(options, devices, workers):
     }
     name = file_name(options.batch, options.output_start)
     result = continued(name, settings, options.output) or {**settings, "models": {}, "variants": {}}
+    result.setdefault("halved", {})
     result |= {"environment": environment(devices[0]), "processes": workers, "devices": len(devices)}
 
     def report(key, row):
@@ -363,10 +375,17 @@ def qualities(options, devices, workers):
     wanted = [model for model in options.models if "curve" not in result["models"].get(model, {})]
     jobs = {("models", model): (model, None, None) for model in wanted}
     run_all(jobs, work, devices, workers, options.limit, report)
+    trained = [model for model in options.models if "curve" in result["models"].get(model, {})]
+    halved = {
+        ("halved", model): (model, None, result["models"][model]["learning_rate"] / 2)
+        for model in trained
+        if "curve" not in result["halved"].get(model, {})
+    }
+    run_all(halved, work, devices, workers, options.limit - (time.time() - started), report)
     variants = {
         ("variants", f"{model}: {label}"): (model, changes, result["models"][model]["learning_rate"])
         for model, own in VARIANTS.items()
-        if model in options.models and "curve" in result["models"].get(model, {})
+        if model in trained
         for label, changes in {"as it is": {}, **own}.items()
         if "curve" not in result["variants"].get(f"{model}: {label}", {})
     }

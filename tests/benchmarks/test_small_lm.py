@@ -53,6 +53,12 @@ def test_a_variant_is_the_model_with_one_change(data):
     assert plain["tokens"] == changed["tokens"] == 256 and plain["curve"] != changed["curve"]
 
 
+def test_a_known_rate_takes_the_whole_budget(data):
+    row = small_lm.run(("softmax", None, 5e-3), CPU, data, 8 * 128)
+    assert row["tokens"] == 1024 and row["learning_rate"] == 5e-3 and "search" not in row
+    assert len(row["gradient_norms"]) == len(row["curve"]) and all(norm > 0 for norm in row["gradient_norms"])
+
+
 @pytest.mark.parametrize("name", ["softmax", "gka", "kla"])
 def test_output_projections_alone_start_small(data, name):
     changes = {"use_local_values": True} if name == "gka" else {}
