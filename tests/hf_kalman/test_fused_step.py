@@ -11,6 +11,8 @@ SHAPES = {
     "published": {},
     "converted": {"use_local_values": True, "value_activation": "identity", "key_activation": "identity"},
     "bare": {"use_value_conv": False, "use_output_gate": False, "use_solution_mix": False, "decay_key_gram": False},
+    "two taps": {"linear_conv_kernel_dim": 2},
+    "five taps": {"linear_conv_kernel_dim": 5, "use_local_values": True},
     "wide keys": {"use_decay": False, "use_input_gate": False, "linear_num_query_heads": 2, "linear_num_key_heads": 4},
 }
 
