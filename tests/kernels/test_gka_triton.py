@@ -16,7 +16,7 @@ from gka_inputs import (
     relative_error,
 )
 
-from kalman_kernels import GKASolver, GKAState, gated_kalmanet_step
+from kalman_kernels import GKASolver, GKAState, Segments, gated_kalmanet_step
 
 triton_common = pytest.importorskip("kalman_kernels.gka.triton_common")
 triton_forward = pytest.importorskip("kalman_kernels.gka.triton_forward")
@@ -161,6 +161,9 @@ def test_several_half_precision_tokens(length, kind, part, dtype, monkeypatch):
     monkeypatch.setattr(triton_step, "first_part", lambda *_: part)
     inputs = halved(make_inputs(length, **SMALL, width=12, value_width=20), dtype)
     segments = make_segments(kind, 1, length)
+    if kind == "packed":
+        # Three sequences, each with tokens enough to be told from the others.
+        segments = Segments(reset=torch.tensor([[False, False, True, False, False, False, True, False]]))
     with torch.no_grad():
         outputs, state = call(inputs, CG, segments, "triton")
         exact, exact_state = call([t.double() for t in inputs], EXACT, segments)

@@ -197,27 +197,23 @@ def _scalars(
     input_gate,
     log_decay,
     numbers,
-    valid,
     token,
     length,
     heads,
     GATED: tl.constexpr,
     DECAYED: tl.constexpr,
     PACKED: tl.constexpr,
-    PADDED: tl.constexpr,
 ):
-    """Gate, log decay, number and validity of a token as they are stored; neutral where there are none."""
+    """Gate, log decay and number of a token as they are stored; neutral where there are none."""
     here = long(token) < length
-    gate, log, number, there = 1.0, 0.0, 0, 1
+    gate, log, number = 1.0, 0.0, 0
     if GATED:
         gate = tl.load(input_gate + token * heads, mask=here, other=0.0).to(tl.float32)
     if DECAYED:
         log = tl.load(log_decay + token * heads, mask=here, other=0.0).to(tl.float32)
     if PACKED:
         number = tl.load(numbers + token, mask=here, other=0)
-    if PADDED:
-        there = tl.load(valid + token, mask=here, other=0).to(tl.int32)
-    return gate, log, number, there
+    return gate, log, number
 
 
 @triton.jit
@@ -234,7 +230,6 @@ def _solve_together(
     solution_mix,
     input_gate,
     numbers,
-    valid,
     mixed,
     length,
     heads,
@@ -247,7 +242,6 @@ def _solve_together(
     GATED: tl.constexpr,
     MIXED: tl.constexpr,
     PACKED: tl.constexpr,
-    PADDED: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -266,10 +260,6 @@ def _solve_together(
     if DECAYED:
         log = tl.load(log_decay + token * heads, mask=here, other=0.0).to(tl.float32)
         log = tl.where(here, _log_kept(log, decay_rate, decay_bias, MIXER), 0.0)
-    if PADDED:
-        there = tl.load(valid + token, mask=here, other=0) != 0
-        log = tl.where(there, log, 0.0)
-        keys, queries = tl.where(there[:, None], keys, 0.0), tl.where(there[:, None], queries, 0.0)
     log = tl.cumsum(log, 0)
     into = tl.exp(log)
     earlier, following = token[:, None] >= token[None, :], token[:, None] <= token[None, :]
@@ -386,6 +376,7 @@ def step_kernel(
     DECAYS: 0 none, 1 one for both states, 2 two, 3 for the value state alone. EVERY also stores all states. PART: 0 all
     of it, token after token; 1 the solves alone, one program for each token (second axis); 2 all but the solves, done
     before; 3 all of it, tokens solved together. EARLY: the kernel before may still run until tokens are read.
+    PADDED: a single token.
     """
     TOGETHER: tl.constexpr = PART == 3
     PIPELINED: tl.constexpr = query.dtype.element_ty != tl.float32
@@ -426,19 +417,19 @@ def step_kernel(
     decay_rate += head
     decay_bias += head
     numbers += first
-    valid += first
+    there = True
+    if PADDED:
+        there = tl.load(valid + first) != 0
     of_gram = key_log_decay if DECAYS == 2 else log_decay
     DECAYED: tl.constexpr = (DECAYS == 1) | (DECAYS == 2)
     k = _vector(key, 0, length, key_heads * WIDTH, rows, WIDTH)
-    gate, log, number, there = _scalars(
-        input_gate, of_gram, numbers, valid, 0, length, heads, GATED, DECAYED, PACKED, PADDED
-    )
+    gate, log, number = _scalars(input_gate, of_gram, numbers, 0, length, heads, GATED, DECAYED, PACKED)
     q = tl.zeros([BLOCK], tl.float32)
     for token in range(0, last + 1):
         # The next token is under way.
         next_k = _vector(key, token + 1, length, key_heads * WIDTH, rows, WIDTH)
-        next_gate, next_log, next_number, next_there = _scalars(
-            input_gate, of_gram, numbers, valid, token + 1, length, heads, GATED, DECAYED, PACKED, PADDED
+        next_gate, next_log, next_number = _scalars(
+            input_gate, of_gram, numbers, token + 1, length, heads, GATED, DECAYED, PACKED
         )
         if PART < 2:
             q = _vector(query, token, length, query_heads * WIDTH, rows, WIDTH)
@@ -451,9 +442,7 @@ def step_kernel(
             keep = tl.where(number == previous, keep, 0.0)
             previous = number
         if PADDED:
-            k, keep = tl.where(there != 0, k, 0.0), tl.where(there != 0, keep, 1.0)
-            if PART < 2:
-                q = tl.where(there != 0, q, 0.0)
+            k, q, keep = tl.where(there, k, 0.0), tl.where(there, q, 0.0), tl.where(there, keep, 1.0)
         gram = gram * keep + k[:, None] * k[None, :] if TOGETHER else gram * keep + _wide(k) * _across(k)
         if EVERY:
             tl.store(grams + (place + token * heads) * WIDTH * WIDTH + offset, gram, mask=mask)
@@ -469,7 +458,7 @@ def step_kernel(
         if PART != 1:
             # The key waits beside the query: the value state needs it again.
             tl.store(at + tl.num_programs(0) * length * WIDTH + rows, k, mask=inside)
-        k, gate, log, number, there = next_k, next_gate, next_log, next_number, next_there
+        k, gate, log, number = next_k, next_gate, next_log, next_number
     if PART == 1:
         mix_at = solution_mix + last * heads
         q = _mixed(gram, q, mix_at, iterations, ridge, tolerance, METHOD, PIPELINED, MIXED, MIXER)
@@ -488,7 +477,6 @@ def step_kernel(
             solution_mix,
             input_gate,
             numbers,
-            valid,
             mixed + place * WIDTH,
             length,
             heads,
@@ -501,7 +489,6 @@ def step_kernel(
             GATED,
             MIXED,
             PACKED,
-            PADDED,
             WIDTH,
             BLOCK,
         )
@@ -515,17 +502,15 @@ def step_kernel(
         reading = _vector(reads, 0, length, heads * WIDTH, columns, WIDTH)
         writing = _vector(writes, 0, length, heads * WIDTH, columns, WIDTH)
         v = _vector(value, 0, length, value_heads * VALUE_WIDTH, value_rows, VALUE_WIDTH)
-        gate, log, number, there = _scalars(
-            input_gate, log_decay, numbers, valid, 0, length, heads, GATED, DECAYS > 0, PACKED, PADDED
-        )
+        gate, log, number = _scalars(input_gate, log_decay, numbers, 0, length, heads, GATED, DECAYS > 0, PACKED)
         if MIXER:
             weight = tl.load(norm_weight + value_rows, mask=value_inside, other=0.0).to(tl.float32)
         for token in range(0, length):
             next_reading = _vector(reads, token + 1, length, heads * WIDTH, columns, WIDTH)
             next_writing = _vector(writes, token + 1, length, heads * WIDTH, columns, WIDTH)
             next_v = _vector(value, token + 1, length, value_heads * VALUE_WIDTH, value_rows, VALUE_WIDTH)
-            next_gate, next_log, next_number, next_there = _scalars(
-                input_gate, log_decay, numbers, valid, token + 1, length, heads, GATED, DECAYS > 0, PACKED, PADDED
+            next_gate, next_log, next_number = _scalars(
+                input_gate, log_decay, numbers, token + 1, length, heads, GATED, DECAYS > 0, PACKED
             )
             if GATED:
                 v = v * _opened(gate, input_gate, MIXER)
@@ -536,7 +521,7 @@ def step_kernel(
                 keep = tl.where(number == previous, keep, 0.0)
                 previous = number
             if PADDED:
-                v, keep = tl.where(there != 0, v, 0.0), tl.where(there != 0, keep, 1.0)
+                v, keep = tl.where(there, v, 0.0), tl.where(there, keep, 1.0)
             target = (place + token * heads) * VALUE_WIDTH + value_rows
             if MIXER & OUTPUT_GATED:
                 opening = _silu(tl.load(output_gate + target, mask=value_inside, other=0.0).to(tl.float32))
@@ -551,7 +536,7 @@ def step_kernel(
                     y = y * opening
             tl.store(outputs + target, y.to(outputs.dtype.element_ty), mask=value_inside)
             reading, writing, v = next_reading, next_writing, next_v
-            gate, log, number, there = next_gate, next_log, next_number, next_there
+            gate, log, number = next_gate, next_log, next_number
         tl.store(value_key_out + line * VALUE_WIDTH * WIDTH + offset, state, mask=mask)
 
 
