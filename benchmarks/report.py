@@ -247,10 +247,15 @@ def language(result):
     return parts
 
 
+def finished(rows):
+    """Those that were trained to their end."""
+    return {name: row for name, row in rows.items() if "curve" in row}
+
+
 def changed(result):
     """The variants of GKA and KLA."""
     known = [f"{model}: {name}" for model, own in VARIANTS.items() for name in ("as it is", *own)]
-    variants = {name: row for name, row in result["variants"].items() if "curve" in row}
+    variants = finished(result["variants"])
     names = sorted(variants, key=lambda name: known.index(name) if name in known else len(known))
     if len(names) < 2:
         return []
@@ -260,9 +265,9 @@ def changed(result):
 
 def losses(result, name):
     """What was trained, its curves and its table."""
-    models = {model: row for model, row in result["models"].items() if "curve" in row}
+    models = finished(result["models"])
     tokens = next(iter(models.values()))["tokens"]
-    halved = {model: row for model, row in result.get("halved", {}).items() if "curve" in row}
+    halved = finished(result.get("halved", {}))
     rows = [
         [
             NAMES[model],

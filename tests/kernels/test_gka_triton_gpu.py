@@ -135,7 +135,7 @@ def test_a_few_tokens_after_a_prefix(length, kind, part, width, dtype, monkeypat
         outputs, after = call(inputs, CG, segments, "triton")
         exact, exact_after = call([t.double() for t in inputs], EXACT, segments)
     bound = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 8e-3}[dtype]
-    if part == 3:
+    if part == 3 and dtype == torch.float16:
         # Solved like a prompt, with products in half precision: up to 7.8e-3 measured.
         bound = 1e-2
     assert relative_error(outputs, exact) <= bound

@@ -51,6 +51,13 @@ def scaled_rows(tile, OPERAND: tl.constexpr):
 
 
 @triton.jit
+def unit_rows(tile):
+    """(rows of norm 1, their norms, 1.0) of a float32 tile; rows of zeros stay, their last is 0.0."""
+    size = tl.sqrt(tl.sum(tile * tile, 1))
+    return tile * tl.where(size > 0, 1.0 / size, 0.0)[:, None], size, tl.where(size > 0, 1.0, 0.0)
+
+
+@triton.jit
 def scaled_vector(vector):
     """A vector brought below 2^8, and its factor.
 

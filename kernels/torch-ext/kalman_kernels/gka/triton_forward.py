@@ -34,6 +34,7 @@ from .triton_common import (
     scaled_vector,
     solve,
     store_rows,
+    unit_rows,
     within,
 )
 
@@ -378,10 +379,8 @@ def solve_kernel(
         tl.store(norms + place, norm)
     inverse = tl.where(norm > 0, 1.0 / norm, 0.0)
     if not ADJOINT:
-        size = tl.sqrt(tl.sum(right_tile * right_tile, 1))
+        right_tile, size, squared = unit_rows(right_tile)
         tl.store(rows + place, size * inverse)
-        right_tile = right_tile * tl.where(size > 0, 1.0 / size, 0.0)[:, None]
-        squared = tl.where(size > 0, 1.0, 0.0)
     x, residual = solve(
         right_tile,
         squared,
@@ -459,23 +458,18 @@ def read_kernel(
     key_base = key + ((batch * length + first) * key_heads + head // (heads // key_heads)) * WIDTH
     value_base = value + ((batch * length + first) * value_heads + head // (heads // value_heads)) * VALUE_WIDTH
     token = (batch * length + first) * heads + head
-    gate, mix = tl.load(gates + 2 * planes + place), tl.load(gates + 3 * planes + place)
-    unit = tl.load(units + tl.num_programs(0) + program)
-    mixed = load_raw(query + token * WIDTH, heads * WIDTH, row, count, lines, WIDTH)
-    if METHOD != 0:
-        x, size = load_raw(solutions + token * WIDTH, heads * WIDTH, row, count, lines, WIDTH), tl.load(rows + place)
-    state = load_operand(value_keys + program * VALUE_WIDTH * WIDTH, value_lines, lines, VALUE_WIDTH, WIDTH)
-    keys = load_raw(key_base, key_heads * WIDTH, row, count, lines, WIDTH)
-    values = load_raw(value_base, value_heads * VALUE_WIDTH, row, count, value_lines, VALUE_WIDTH)
-    mixed = mixed.to(tl.float32)
-    if METHOD != 0:
-        mixed += mix[:, None] * (x.to(tl.float32) * size[:, None] - mixed)
+    gate = tl.load(gates + 2 * planes + place)
+    mix = tl.load(gates + 3 * planes + place)
+    mixed = mixed_rows(query, solutions, rows, mix, token * WIDTH, place, row, count, lines, heads, METHOD, WIDTH)
     probe, probe_scale = scaled_rows(mixed, OPERAND)
     into, _, _ = carries(gates + planes + row_gates, number, chunk, row, CHUNK, PACKED)
-    into = into * unit
+    into = into * tl.load(units + tl.num_programs(0) + program)
+    state = load_operand(value_keys + program * VALUE_WIDTH * WIDTH, value_lines, lines, VALUE_WIDTH, WIDTH)
     result = dot(probe, tl.trans(state), PRECISION) * into[:, None]
-    keys, key_scale = scaled_rows(keys.to(tl.float32), OPERAND)
-    values, value_scale = scaled_rows(values.to(tl.float32), OPERAND)
+    keys, key_scale = scaled_rows(load_rows(key_base, key_heads * WIDTH, row, count, lines, WIDTH), OPERAND)
+    values, value_scale = scaled_rows(
+        load_rows(value_base, value_heads * VALUE_WIDTH, row, count, value_lines, VALUE_WIDTH), OPERAND
+    )
     weight, weight_scale = scaled_vector(gate * gate * key_scale * value_scale)
     weights = within(gates + planes + row_gates, number, chunk, row, CHUNK, PACKED) * weight[None, :]
     inside = (dot(probe, tl.trans(keys), PRECISION) * weights).to(OPERAND)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..jit import compute_capability, long, on_own_device
 from .mixer import MixerInputs, MixerOptions
 from .reference import GKASolver
-from .triton_common import TOLERANCE, filled, load_rows, power_of_two, scaled_rows, solve, store_rows
+from .triton_common import TOLERANCE, filled, load_rows, power_of_two, scaled_rows, solve, store_rows, unit_rows
 from .triton_forward import TritonInputs, chunk_norm, decay_count, method
 
 __all__ = ["gka_triton_mixer_step", "gka_triton_step"]
@@ -168,10 +168,15 @@ def _round(x, pointer):
 
 
 @triton.jit
+def _sigmoid(x, pointer):
+    return _round(1.0 / (1.0 + tl.exp(-x)), pointer)
+
+
+@triton.jit
 def _opened(gate, pointer, MIXER: tl.constexpr):
     """An input gate of the pointer's dtype; MIXER: before its sigmoid."""
     if MIXER:
-        gate = _round(_round(1.0 / (1.0 + tl.exp(-gate)), pointer) + 1e-6, pointer)
+        gate = _round(_sigmoid(gate, pointer) + 1e-6, pointer)
     return gate
 
 
@@ -204,7 +209,7 @@ def _scalars(
     DECAYED: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """Gate, log decay and number of a token as they are stored; neutral where there are none."""
+    """Gate, log decay and number of a token, or of several, as they are stored; neutral where there are none."""
     here = long(token) < length
     gate, log, number = 1.0, 0.0, 0
     if GATED:
@@ -253,18 +258,17 @@ def _solve_together(
     here = token < length
     keys = load_rows(key, key_stride, token, length, lines, WIDTH)
     queries = load_rows(query, query_stride, token, length, lines, WIDTH)
+    gate, log, number = _scalars(input_gate, log_decay, numbers, token, length, heads, GATED, DECAYED, PACKED)
     if GATED:
-        gate = tl.load(input_gate + token * heads, mask=here, other=0.0).to(tl.float32)
         keys = keys * _opened(gate, input_gate, MIXER)[:, None]
-    log = tl.zeros([ROOM], tl.float32)
     if DECAYED:
-        log = tl.load(log_decay + token * heads, mask=here, other=0.0).to(tl.float32)
         log = tl.where(here, _log_kept(log, decay_rate, decay_bias, MIXER), 0.0)
+    else:
+        log = tl.zeros([ROOM], tl.float32)
     log = tl.cumsum(log, 0)
     into = tl.exp(log)
     earlier, following = token[:, None] >= token[None, :], token[:, None] <= token[None, :]
     if PACKED:
-        number = tl.load(numbers + token, mask=here, other=0)
         into = tl.where(number == 0, into, 0.0)
         same = number[:, None] == number[None, :]
         earlier, following = earlier & same, following & same
@@ -275,10 +279,10 @@ def _solve_together(
     into = into * unit
     norm = chunk_norm(keys, operand, into, decay, later, weight, "ieee")
     inverse = tl.where(norm > 0, 1.0 / norm, 0.0)
-    size = tl.sqrt(tl.sum(queries * queries, 1))
+    right, size, squared = unit_rows(queries)
     x, _ = solve(
-        queries * tl.where(size > 0, 1.0 / size, 0.0)[:, None],
-        tl.where(size > 0, 1.0, 0.0),
+        right,
+        squared,
         keys,
         operand,
         into * inverse,
@@ -294,7 +298,7 @@ def _solve_together(
     if MIXED:
         mix = tl.load(solution_mix + token * heads, mask=here, other=0.0).to(tl.float32)
         if MIXER:
-            mix = _round(1.0 / (1.0 + tl.exp(-mix)), solution_mix)
+            mix = _sigmoid(mix, solution_mix)
         x = queries + mix[:, None] * (x - queries)
     store_rows(mixed, heads * WIDTH, token, length, lines, x, WIDTH)
 
@@ -317,7 +321,7 @@ def _mixed(
     if MIXED:
         mix = tl.load(mix_at).to(tl.float32)
         if MIXER:
-            mix = _round(1.0 / (1.0 + tl.exp(-mix)), mix_at)
+            mix = _sigmoid(mix, mix_at)
     x = _solve(gram, query, iterations, ridge, tolerance, METHOD, PIPELINED)
     return query + mix * (x - query)
 
@@ -417,7 +421,6 @@ def step_kernel(
     decay_rate += head
     decay_bias += head
     numbers += first
-    there = True
     if PADDED:
         there = tl.load(valid + first) != 0
     of_gram = key_log_decay if DECAYS == 2 else log_decay
@@ -784,8 +787,7 @@ def gka_triton_mixer_step(inputs: MixerInputs, solver: GKASolver, options: Mixer
         BLOCK=block,
         VALUE_BLOCK=value_block,
         num_warps=1,
-        EARLY=early,
-        **({"launch_pdl": True} if early else {}),
+        **_overlap(early),
     )
     _launch(
         ready,
@@ -807,6 +809,11 @@ def gka_triton_mixer_step(inputs: MixerInputs, solver: GKASolver, options: Mixer
         },
     )
     return outputs
+
+
+def _overlap(early: bool) -> dict[str, bool]:
+    """EARLY and, with it, the launch option that lets a kernel start before the one before it ends."""
+    return {"EARLY": early, "launch_pdl": True} if early else {"EARLY": early}
 
 
 def first_part(length: int, programs: int, dtype: torch.dtype) -> int:
@@ -839,8 +846,7 @@ def _launch(tokens, gates, numbers, valid, surroundings, states, outputs, heads,
 
     def start(grid: tuple[int, ...], **changes: int) -> None:
         flags = constants | changes
-        if flags["EARLY"]:
-            flags["launch_pdl"] = True
+        flags |= _overlap(flags["EARLY"])
         step_kernel[grid](
             query,
             key,
