@@ -140,18 +140,6 @@ def _solve(gram, query, iterations, ridge, tolerance, METHOD: tl.constexpr, PIPE
 
 
 @triton.jit
-def _convolved(raw, stride, past, weight, token, channel, mask, TAPS: tl.constexpr):
-    """sum_l weight[c, TAPS-1-l] x_{t-l}[c]; tokens before the first come from `past` (channels, TAPS - 1)."""
-    total = tl.zeros_like(channel).to(tl.float32)
-    for lag in tl.static_range(TAPS):
-        here, before = mask & (token - lag >= 0), mask & (token - lag < 0)
-        x = tl.load(raw - lag * stride + channel, mask=here, other=0.0).to(tl.float32)
-        x += tl.load(past + channel * (TAPS - 1) + (TAPS - 1 + token - lag), mask=before, other=0.0).to(tl.float32)
-        total += x * tl.load(weight + channel * TAPS + (TAPS - 1 - lag), mask=mask, other=0.0).to(tl.float32)
-    return total
-
-
-@triton.jit
 def _silu(x):
     return x / (1.0 + tl.exp(-x))
 
@@ -361,6 +349,7 @@ def step_kernel(
     eps,
     METHOD: tl.constexpr,
     PART: tl.constexpr,
+    SEVERAL: tl.constexpr,
     EARLY: tl.constexpr,
     MIXER: tl.constexpr,
     DECAYS: tl.constexpr,
@@ -380,7 +369,7 @@ def step_kernel(
     DECAYS: 0 none, 1 one for both states, 2 two, 3 for the value state alone. EVERY also stores all states. PART: 0 all
     of it, token after token; 1 the solves alone, one program for each token (second axis); 2 all but the solves, done
     before; 3 all of it, tokens solved together. EARLY: the kernel before may still run until tokens are read.
-    PADDED: a single token.
+    SEVERAL: more than one token. PADDED: a single token.
     """
     TOGETHER: tl.constexpr = PART == 3
     PIPELINED: tl.constexpr = query.dtype.element_ty != tl.float32
@@ -405,7 +394,7 @@ def step_kernel(
     if EARLY:
         tl.extra.cuda.gdc_wait()
     previous = 0
-    last = length - 1
+    last = length - 1 if SEVERAL else 0
     if PART == 1:
         last = tl.program_id(1)
     first = batch * length
@@ -429,11 +418,12 @@ def step_kernel(
     gate, log, number = _scalars(input_gate, of_gram, numbers, 0, length, heads, GATED, DECAYED, PACKED)
     q = tl.zeros([BLOCK], tl.float32)
     for token in range(0, last + 1):
-        # The next token is under way.
-        next_k = _vector(key, token + 1, length, key_heads * WIDTH, rows, WIDTH)
-        next_gate, next_log, next_number = _scalars(
-            input_gate, of_gram, numbers, token + 1, length, heads, GATED, DECAYED, PACKED
-        )
+        if SEVERAL:
+            # The next token is under way.
+            next_k = _vector(key, token + 1, length, key_heads * WIDTH, rows, WIDTH)
+            next_gate, next_log, next_number = _scalars(
+                input_gate, of_gram, numbers, token + 1, length, heads, GATED, DECAYED, PACKED
+            )
         if PART < 2:
             q = _vector(query, token, length, query_heads * WIDTH, rows, WIDTH)
         if GATED:
@@ -461,7 +451,8 @@ def step_kernel(
         if PART != 1:
             # The key waits beside the query: the value state needs it again.
             tl.store(at + tl.num_programs(0) * length * WIDTH + rows, k, mask=inside)
-        k, gate, log, number = next_k, next_gate, next_log, next_number
+        if SEVERAL:
+            k, gate, log, number = next_k, next_gate, next_log, next_number
     if PART == 1:
         mix_at = solution_mix + last * heads
         q = _mixed(gram, q, mix_at, iterations, ridge, tolerance, METHOD, PIPELINED, MIXED, MIXER)
@@ -508,13 +499,14 @@ def step_kernel(
         gate, log, number = _scalars(input_gate, log_decay, numbers, 0, length, heads, GATED, DECAYS > 0, PACKED)
         if MIXER:
             weight = tl.load(norm_weight + value_rows, mask=value_inside, other=0.0).to(tl.float32)
-        for token in range(0, length):
-            next_reading = _vector(reads, token + 1, length, heads * WIDTH, columns, WIDTH)
-            next_writing = _vector(writes, token + 1, length, heads * WIDTH, columns, WIDTH)
-            next_v = _vector(value, token + 1, length, value_heads * VALUE_WIDTH, value_rows, VALUE_WIDTH)
-            next_gate, next_log, next_number = _scalars(
-                input_gate, log_decay, numbers, token + 1, length, heads, GATED, DECAYS > 0, PACKED
-            )
+        for token in range(0, last + 1):
+            if SEVERAL:
+                next_reading = _vector(reads, token + 1, length, heads * WIDTH, columns, WIDTH)
+                next_writing = _vector(writes, token + 1, length, heads * WIDTH, columns, WIDTH)
+                next_v = _vector(value, token + 1, length, value_heads * VALUE_WIDTH, value_rows, VALUE_WIDTH)
+                next_gate, next_log, next_number = _scalars(
+                    input_gate, log_decay, numbers, token + 1, length, heads, GATED, DECAYS > 0, PACKED
+                )
             if GATED:
                 v = v * _opened(gate, input_gate, MIXER)
             keep = 1.0
@@ -538,8 +530,9 @@ def step_kernel(
                 if OUTPUT_GATED:
                     y = y * opening
             tl.store(outputs + target, y.to(outputs.dtype.element_ty), mask=value_inside)
-            reading, writing, v = next_reading, next_writing, next_v
-            gate, log, number = next_gate, next_log, next_number
+            if SEVERAL:
+                reading, writing, v = next_reading, next_writing, next_v
+                gate, log, number = next_gate, next_log, next_number
         tl.store(value_key_out + line * VALUE_WIDTH * WIDTH + offset, state, mask=mask)
 
 
@@ -564,7 +557,7 @@ def prepare_kernel(
     value_heads,
     PADDED: tl.constexpr,
     TAPS: tl.constexpr,
-    PAST: tl.constexpr,
+    SLOTS: tl.constexpr,
     KEY_SILU: tl.constexpr,
     VALUE_CONV: tl.constexpr,
     VALUE_SILU: tl.constexpr,
@@ -598,7 +591,7 @@ def prepare_kernel(
             length,
             moved,
             TAPS,
-            PAST,
+            SLOTS,
             True,
             KEY_SILU,
             True,
@@ -618,7 +611,7 @@ def prepare_kernel(
             length,
             moved,
             TAPS,
-            PAST,
+            SLOTS,
             True,
             KEY_SILU,
             True,
@@ -638,7 +631,7 @@ def prepare_kernel(
             length,
             moved,
             TAPS,
-            PAST,
+            SLOTS,
             VALUE_CONV,
             VALUE_SILU,
             False,
@@ -659,7 +652,7 @@ def _prepare(
     length,
     moved,
     TAPS: tl.constexpr,
-    PAST: tl.constexpr,
+    SLOTS: tl.constexpr,
     CONV: tl.constexpr,
     SILU: tl.constexpr,
     UNIT: tl.constexpr,
@@ -673,22 +666,20 @@ def _prepare(
     raw += batch * length * channels
     ready += batch * length * channels
     past += batch * channels * (TAPS - 1)
-    if CONV & (TAPS > 1):
-        # With the loads of the convolution under way: a second wait for memory would keep the step waiting.
-        slot = tl.arange(0, PAST)
-        window = inside[:, None] & (slot < TAPS - 1)[None, :]
-        source = moved - (TAPS - 1) + slot
-        fresh = tl.load(
-            raw + source[None, :] * channels + channel[:, None], mask=window & (source >= 0)[None, :], other=0.0
-        )
-        old = tl.load(
-            past + channel[:, None] * (TAPS - 1) + (TAPS - 1 + source)[None, :],
-            mask=window & (source < 0)[None, :],
-            other=0.0,
-        )
+    if CONV:
+        # Taps and tokens in one tile: what the last token sees, one place on, is the context after it.
+        slot = tl.arange(0, SLOTS)
+        there = inside[:, None] & (slot < TAPS)[None, :]
+        weights = tl.load(taps + channel[:, None] * TAPS + slot[None, :], mask=there, other=0.0).to(tl.float32)
+        window = tl.zeros([BLOCK, SLOTS], tl.float32)
     for token in range(0, length):
         if CONV:
-            x = _convolved(raw + token * channels, channels, past, taps, token, channel, inside, TAPS)
+            source = token - (TAPS - 1) + slot
+            here, before = there & (source >= 0)[None, :], there & (source < 0)[None, :]
+            window = tl.load(raw + source[None, :] * channels + channel[:, None], mask=here, other=0.0).to(tl.float32)
+            held = past + channel[:, None] * (TAPS - 1) + (TAPS - 1 + source)[None, :]
+            window += tl.load(held, mask=before, other=0.0).to(tl.float32)
+            x = tl.sum(window * weights, 1)
         else:
             x = tl.load(raw + token * channels + channel, mask=inside, other=0.0).to(tl.float32)
         x = _round(x, raw)
@@ -697,10 +688,11 @@ def _prepare(
         if UNIT:
             x = _unit(x)
         tl.store(ready + token * channels + channel, x.to(ready.dtype.element_ty), mask=inside)
-    if CONV & (TAPS > 1):
+    if CONV:
         tl.debug_barrier()
-        after = tl.where((source >= 0)[None, :], fresh.to(past.dtype.element_ty), old)
-        tl.store(past + channel[:, None] * (TAPS - 1) + slot[None, :], after, mask=window)
+        held = past + channel[:, None] * (TAPS - 1) + (slot - 1)[None, :]
+        kept = (slot >= 1) & (slot < tl.where(long(moved) > 0, TAPS, 0))
+        tl.store(held, window.to(past.dtype.element_ty), mask=inside[:, None] & kept[None, :])
 
 
 # Warps by the wider of both widths. More are slower: the solve then waits for its barriers.
@@ -778,7 +770,7 @@ def gka_triton_mixer_step(inputs: MixerInputs, solver: GKASolver, options: Mixer
         value_heads,
         PADDED=inputs.valid is not None,
         TAPS=taps,
-        PAST=triton.next_power_of_2(max(1, taps - 1)),
+        SLOTS=triton.next_power_of_2(taps),
         KEY_SILU=options.key_silu,
         VALUE_CONV=inputs.value_taps is not None,
         VALUE_SILU=options.value_silu,
@@ -832,6 +824,7 @@ def _launch(tokens, gates, numbers, valid, surroundings, states, outputs, heads,
     mixed = torch.empty(2, batch, length, heads, width, dtype=torch.float32, device=query.device)
     constants = {
         "METHOD": method(solver),
+        "SEVERAL": length > 1,
         "GATED": gates[3] is not None,
         "MIXED": gates[2] is not None,
         "OUTPUT_GATED": gates[4] is not None,
