@@ -20,11 +20,9 @@ from .triton_forward import TritonInputs, chunk_norm, decay_count, method
 
 __all__ = ["gka_triton_mixer_step", "gka_triton_step"]
 
-# Where the blocks of columns stand among the axes of a value state (rows, 16 columns): with these, each compiler lays
+# Where the blocks of columns stand among the axes of a state (rows, PIECE columns): with these, each compiler lays
 # rows over the lanes of a warp, and a sum over columns hardly leaves a thread.
 BLOCK_AXIS = tl.constexpr(1 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) else 0)
-# How much larger than asked the squared residual is at which pipelined conjugate gradients take their last step.
-NEAR = tl.constexpr(10.0)
 # Rows of several tokens that are solved together: the least that matrix units take.
 ROOM = tl.constexpr(16)
 
@@ -36,9 +34,9 @@ def _along(blocks):
 
 
 @triton.jit
-def _across(vector):
-    """A vector along the columns of a state."""
-    return _along(tl.reshape(vector, (vector.shape[0] // 16, 16)))
+def _across(vector, PIECE: tl.constexpr):
+    """A vector along the columns of a state, pieces of PIECE."""
+    return _along(tl.reshape(vector, (vector.shape[0] // PIECE, PIECE)))
 
 
 @triton.jit
@@ -60,9 +58,9 @@ def _row_sums(state):
 
 
 @triton.jit
-def _times(state, vector):
+def _times(state, vector, PIECE: tl.constexpr):
     """state vector."""
-    return _row_sums(state * _across(vector))
+    return _row_sums(state * _across(vector, PIECE))
 
 
 @triton.jit
@@ -71,11 +69,12 @@ def _add(a, b, c, d):
 
 
 @triton.jit
-def _solve(gram, query, iterations, ridge, tolerance, METHOD: tl.constexpr, PIPELINED: tl.constexpr):
+def _solve(
+    gram, query, iterations, ridge, tolerance, METHOD: tl.constexpr, PIPELINED: tl.constexpr, PIECE: tl.constexpr
+):
     """(gram + ridge ||gram||_F I)^-1 query in float32, gram symmetric; README eqs. 3-5.
 
-    PIPELINED: conjugate gradients whose inner products do not wait for the product with gram (Ghysels & Vanroose 2014)
-    come near the solution. Their residual is a recursion: plain ones start from the true residual and end the work.
+    PIPELINED: conjugate gradients whose inner products do not wait for the product with gram (Ghysels & Vanroose 2014).
     """
     norm = tl.sqrt(tl.sum(gram * gram))
     ridge = ridge * norm
@@ -86,44 +85,41 @@ def _solve(gram, query, iterations, ridge, tolerance, METHOD: tl.constexpr, PIPE
         rr = tl.sum(query * query, 0)
         # An empty state (norm 0) is solved by 0.
         enough = tl.where(norm > 0, tolerance * rr, rr)
+        # Triton 3.6 and 3.7 compile a loop only if what they look at to go on is defined last.
+        busy = rr > enough
         if PIPELINED:
-            near = NEAR * enough
-            image = _times(gram, query) + ridge * query
+            image = _times(gram, query, PIECE) + ridge * query
             direction, of_direction, of_that = x, x, x
             inverse, curvature = 0.0, 0.0
-            # Triton 3.6 and 3.7 compile a loop only if what they look at to go on is defined last.
-            busy = rr > enough
             while (step < iterations) & busy:
-                product = gram * _across(image)
+                product = gram * _across(image, PIECE)
                 # Both at once: threads wait for each other half as often.
                 rr, curved = tl.reduce((residual * residual, residual * image), 0, _add)
                 of_image = _row_sums(product) + ridge * image
                 ratio = rr * inverse
                 curvature = curved - ratio * ratio * curvature
                 inverse = 1.0 / rr
-                length = tl.where(curvature > 0, rr / curvature, 0.0)
+                further = (rr > enough) & (curvature > 0)
+                length = tl.where(further, rr / curvature, 0.0)
                 direction = residual + ratio * direction
                 of_direction = image + ratio * of_direction
                 of_that = of_image + ratio * of_that
                 x += length * direction
                 residual -= length * of_direction
                 image -= length * of_that
-                busy = (rr > near) & (curvature > 0)
                 step += 1
-            residual = query - _times(gram, x) - ridge * x
-            rr = tl.sum(residual * residual, 0)
-            direction = residual
-        busy = rr > enough
-        while (step < iterations) & busy:
-            image = _times(gram, direction) + ridge * direction
-            length = rr / tl.sum(direction * image, 0)
-            x += length * direction
-            residual -= length * image
-            following = tl.sum(residual * residual, 0)
-            direction = residual + (following / rr) * direction
-            rr = following
-            busy = rr > enough
-            step += 1
+                busy = further
+        else:
+            while (step < iterations) & busy:
+                image = _times(gram, direction, PIECE) + ridge * direction
+                length = rr / tl.sum(direction * image, 0)
+                x += length * direction
+                residual -= length * image
+                following = tl.sum(residual * residual, 0)
+                direction = residual + (following / rr) * direction
+                rr = following
+                step += 1
+                busy = rr > enough
     if METHOD == 2:
         span = tl.where(norm > 0, 2.0 / (2.0 * ridge + norm), 0.0)
         quarter = 0.0625 * span * span * norm * norm
@@ -132,7 +128,7 @@ def _solve(gram, query, iterations, ridge, tolerance, METHOD: tl.constexpr, PIPE
         x += change
         while step < iterations:
             omega = 1.0 / (1.0 - quarter * omega)
-            image = _times(gram, x) + ridge * x
+            image = _times(gram, x, PIECE) + ridge * x
             change = (omega - 1.0) * change + (omega * span) * (query - image)
             x += change
             step += 1
@@ -207,6 +203,33 @@ def _scalars(
     if PACKED:
         number = tl.load(numbers + token, mask=here, other=0)
     return gate, log, number
+
+
+@triton.jit
+def _written(
+    value,
+    input_gate,
+    log_decay,
+    numbers,
+    output_gate,
+    token,
+    length,
+    heads,
+    value_heads,
+    lines,
+    GATED: tl.constexpr,
+    DECAYED: tl.constexpr,
+    PACKED: tl.constexpr,
+    OPENED: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """What the value state needs of a token: value, `_scalars` and, if OPENED, the output gate."""
+    v = _vector(value, token, length, value_heads * WIDTH, lines, WIDTH)
+    gate, log, number = _scalars(input_gate, log_decay, numbers, token, length, heads, GATED, DECAYED, PACKED)
+    opening = 0.0
+    if OPENED:
+        opening = _vector(output_gate, token, length, heads * WIDTH, lines, WIDTH)
+    return v, gate, log, number, opening
 
 
 @triton.jit
@@ -303,6 +326,7 @@ def _mixed(
     PIPELINED: tl.constexpr,
     MIXED: tl.constexpr,
     MIXER: tl.constexpr,
+    PIECE: tl.constexpr,
 ):
     """The query that reads: with a share of its solution, all of it if not MIXED; MIXER: stored before its sigmoid."""
     mix = 1.0
@@ -310,7 +334,7 @@ def _mixed(
         mix = tl.load(mix_at).to(tl.float32)
         if MIXER:
             mix = _sigmoid(mix, mix_at)
-    x = _solve(gram, query, iterations, ridge, tolerance, METHOD, PIPELINED)
+    x = _solve(gram, query, iterations, ridge, tolerance, METHOD, PIPELINED, PIECE)
     return query + mix * (x - query)
 
 
@@ -350,6 +374,9 @@ def step_kernel(
     METHOD: tl.constexpr,
     PART: tl.constexpr,
     SEVERAL: tl.constexpr,
+    PIPELINED: tl.constexpr,
+    EAGER: tl.constexpr,
+    PIECE: tl.constexpr,
     EARLY: tl.constexpr,
     MIXER: tl.constexpr,
     DECAYS: tl.constexpr,
@@ -369,14 +396,14 @@ def step_kernel(
     DECAYS: 0 none, 1 one for both states, 2 two, 3 for the value state alone. EVERY also stores all states. PART: 0 all
     of it, token after token; 1 the solves alone, one program for each token (second axis); 2 all but the solves, done
     before; 3 all of it, tokens solved together. EARLY: the kernel before may still run until tokens are read.
-    SEVERAL: more than one token. PADDED: a single token.
+    SEVERAL: more than one token. EAGER: both states are loaded at once. PIECE: columns of a state side by side, over
+    neighbouring threads. PADDED: a single token.
     """
     TOGETHER: tl.constexpr = PART == 3
-    PIPELINED: tl.constexpr = query.dtype.element_ty != tl.float32
     line = long(tl.program_id(0))
     batch, head = line // heads, line % heads
     rows, value_rows = tl.arange(0, BLOCK), tl.arange(0, VALUE_BLOCK)
-    columns = tl.arange(0, BLOCK // 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    columns = tl.arange(0, BLOCK // PIECE)[:, None] * PIECE + tl.arange(0, PIECE)[None, :]
     inside, value_inside = rows < WIDTH, value_rows < VALUE_WIDTH
     query_head = head // (heads // query_heads)
     key_head, value_head = head // (heads // key_heads), head // (heads // value_heads)
@@ -387,6 +414,9 @@ def step_kernel(
     else:
         offset, mask = _tile(rows, inside, columns, WIDTH)
     gram = tl.load(gram_in + line * WIDTH * WIDTH + offset, mask=mask, other=0.0)
+    if EAGER & (PART != 1):
+        value_offset, value_mask = _tile(value_rows, value_inside, columns, WIDTH)
+        state = tl.load(value_key_in + line * VALUE_WIDTH * WIDTH + value_offset, mask=value_mask, other=0.0)
     if TOGETHER:
         unit, inverse = power_of_two(tl.max(tl.abs(gram)))
         operand = (gram * (inverse * 16384.0)).to(tl.float16)
@@ -407,6 +437,7 @@ def step_kernel(
     log_decay += place
     key_log_decay += place
     solution_mix += place
+    output_gate += place * VALUE_WIDTH
     decay_rate += head
     decay_bias += head
     numbers += first
@@ -417,6 +448,26 @@ def step_kernel(
     k = _vector(key, 0, length, key_heads * WIDTH, rows, WIDTH)
     gate, log, number = _scalars(input_gate, of_gram, numbers, 0, length, heads, GATED, DECAYED, PACKED)
     q = tl.zeros([BLOCK], tl.float32)
+    OPENED: tl.constexpr = MIXER & OUTPUT_GATED
+    if not SEVERAL:
+        # Small, and slow behind the value state: ahead of the solve.
+        v, value_gate, value_log, value_number, opening = _written(
+            value,
+            input_gate,
+            log_decay,
+            numbers,
+            output_gate,
+            0,
+            length,
+            heads,
+            value_heads,
+            value_rows,
+            GATED,
+            DECAYS > 0,
+            PACKED,
+            OPENED,
+            VALUE_WIDTH,
+        )
     for token in range(0, last + 1):
         if SEVERAL:
             # The next token is under way.
@@ -436,26 +487,26 @@ def step_kernel(
             previous = number
         if PADDED:
             k, q, keep = tl.where(there, k, 0.0), tl.where(there, q, 0.0), tl.where(there, keep, 1.0)
-        gram = gram * keep + k[:, None] * k[None, :] if TOGETHER else gram * keep + _wide(k) * _across(k)
+        gram = gram * keep + k[:, None] * k[None, :] if TOGETHER else gram * keep + _wide(k) * _across(k, PIECE)
         if EVERY:
             tl.store(grams + (place + token * heads) * WIDTH * WIDTH + offset, gram, mask=mask)
         if (PART != 1) & (token == last):
             # Under way while the solve runs.
             tl.store(gram_out + line * WIDTH * WIDTH + offset, gram, mask=mask)
-        at = mixed + (place + token * heads) * WIDTH
-        if PART == 0:
-            if METHOD != 0:
-                mix_at = solution_mix + token * heads
-                q = _mixed(gram, q, mix_at, iterations, ridge, tolerance, METHOD, PIPELINED, MIXED, MIXER)
-            tl.store(at + rows, q, mask=inside)
-        if PART != 1:
-            # The key waits beside the query: the value state needs it again.
-            tl.store(at + tl.num_programs(0) * length * WIDTH + rows, k, mask=inside)
+        if (PART == 0) & (METHOD != 0):
+            mix_at = solution_mix + token * heads
+            q = _mixed(gram, q, mix_at, iterations, ridge, tolerance, METHOD, PIPELINED, MIXED, MIXER, PIECE)
         if SEVERAL:
+            # What reads and what writes wait for the value state.
+            at = mixed + (place + token * heads) * WIDTH
+            if PART == 0:
+                tl.store(at + rows, q, mask=inside)
+            if PART != 1:
+                tl.store(at + tl.num_programs(0) * length * WIDTH + rows, k, mask=inside)
             k, gate, log, number = next_k, next_gate, next_log, next_number
     if PART == 1:
         mix_at = solution_mix + last * heads
-        q = _mixed(gram, q, mix_at, iterations, ridge, tolerance, METHOD, PIPELINED, MIXED, MIXER)
+        q = _mixed(gram, q, mix_at, iterations, ridge, tolerance, METHOD, PIPELINED, MIXED, MIXER, PIECE)
         tl.store(mixed + (place + last * heads) * WIDTH + rows, q, mask=inside)
     if TOGETHER:
         _solve_together(
@@ -487,39 +538,68 @@ def step_kernel(
             BLOCK,
         )
     if PART != 1:
-        tl.debug_barrier()
-
         offset, mask = _tile(value_rows, value_inside, columns, WIDTH)
-        state = tl.load(value_key_in + line * VALUE_WIDTH * WIDTH + offset, mask=mask, other=0.0)
+        if not EAGER:
+            state = tl.load(value_key_in + line * VALUE_WIDTH * WIDTH + offset, mask=mask, other=0.0)
         previous = 0
         reads, writes = mixed + place * WIDTH, mixed + (tl.num_programs(0) * length + place) * WIDTH
-        reading = _vector(reads, 0, length, heads * WIDTH, columns, WIDTH)
-        writing = _vector(writes, 0, length, heads * WIDTH, columns, WIDTH)
-        v = _vector(value, 0, length, value_heads * VALUE_WIDTH, value_rows, VALUE_WIDTH)
-        gate, log, number = _scalars(input_gate, log_decay, numbers, 0, length, heads, GATED, DECAYS > 0, PACKED)
+        if SEVERAL:
+            tl.debug_barrier()
+            reading = _vector(reads, 0, length, heads * WIDTH, columns, WIDTH)
+            writing = _vector(writes, 0, length, heads * WIDTH, columns, WIDTH)
+            v, value_gate, value_log, value_number, opening = _written(
+                value,
+                input_gate,
+                log_decay,
+                numbers,
+                output_gate,
+                0,
+                length,
+                heads,
+                value_heads,
+                value_rows,
+                GATED,
+                DECAYS > 0,
+                PACKED,
+                OPENED,
+                VALUE_WIDTH,
+            )
+        else:
+            reading, writing = tl.reshape(q, columns.shape), tl.reshape(k, columns.shape)
         if MIXER:
             weight = tl.load(norm_weight + value_rows, mask=value_inside, other=0.0).to(tl.float32)
         for token in range(0, last + 1):
             if SEVERAL:
                 next_reading = _vector(reads, token + 1, length, heads * WIDTH, columns, WIDTH)
                 next_writing = _vector(writes, token + 1, length, heads * WIDTH, columns, WIDTH)
-                next_v = _vector(value, token + 1, length, value_heads * VALUE_WIDTH, value_rows, VALUE_WIDTH)
-                next_gate, next_log, next_number = _scalars(
-                    input_gate, log_decay, numbers, token + 1, length, heads, GATED, DECAYS > 0, PACKED
+                next_v, next_gate, next_log, next_number, next_opening = _written(
+                    value,
+                    input_gate,
+                    log_decay,
+                    numbers,
+                    output_gate,
+                    token + 1,
+                    length,
+                    heads,
+                    value_heads,
+                    value_rows,
+                    GATED,
+                    DECAYS > 0,
+                    PACKED,
+                    OPENED,
+                    VALUE_WIDTH,
                 )
             if GATED:
-                v = v * _opened(gate, input_gate, MIXER)
+                v = v * _opened(value_gate, input_gate, MIXER)
             keep = 1.0
             if DECAYS > 0:
-                keep = tl.exp(_log_kept(log, decay_rate, decay_bias, MIXER))
+                keep = tl.exp(_log_kept(value_log, decay_rate, decay_bias, MIXER))
             if PACKED:
-                keep = tl.where(number == previous, keep, 0.0)
-                previous = number
+                keep = tl.where(value_number == previous, keep, 0.0)
+                previous = value_number
             if PADDED:
                 v, keep = tl.where(there, v, 0.0), tl.where(there, keep, 1.0)
             target = (place + token * heads) * VALUE_WIDTH + value_rows
-            if MIXER & OUTPUT_GATED:
-                opening = _silu(tl.load(output_gate + target, mask=value_inside, other=0.0).to(tl.float32))
             state = state * keep + _wide(v) * _along(writing)
             if EVERY:
                 tl.store(value_keys + (place + token * heads) * VALUE_WIDTH * WIDTH + offset, state, mask=mask)
@@ -528,15 +608,15 @@ def step_kernel(
                 y = _round(y, outputs)
                 y = y / tl.sqrt(tl.sum(y * y, 0) / VALUE_WIDTH + eps) * weight
                 if OUTPUT_GATED:
-                    y = y * opening
+                    y = y * _silu(opening)
             tl.store(outputs + target, y.to(outputs.dtype.element_ty), mask=value_inside)
             if SEVERAL:
-                reading, writing, v = next_reading, next_writing, next_v
-                gate, log, number = next_gate, next_log, next_number
+                reading, writing, v, opening = next_reading, next_writing, next_v, next_opening
+                value_gate, value_log, value_number = next_gate, next_log, next_number
         tl.store(value_key_out + line * VALUE_WIDTH * WIDTH + offset, state, mask=mask)
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["rows", "share", "length"])
 def prepare_kernel(
     query,
     key,
@@ -551,11 +631,14 @@ def prepare_kernel(
     query_ready,
     key_ready,
     value_ready,
+    rows,
+    share,
     length,
     query_heads,
     key_heads,
     value_heads,
     PADDED: tl.constexpr,
+    SEVERAL: tl.constexpr,
     TAPS: tl.constexpr,
     SLOTS: tl.constexpr,
     KEY_SILU: tl.constexpr,
@@ -569,27 +652,28 @@ def prepare_kernel(
 ):
     """Convolution, SiLU and unit norm of the queries, keys or values of one head; convolution contexts in place.
 
-    EARLY: as in `step_kernel`, and the next may start once this one need not wait any more. PADDED: a single token.
+    One program does `share` rows. EARLY: as in `step_kernel`, and the next may start once this one need not wait any
+    more. PADDED: a single token.
     """
     if EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    batch, head = long(tl.program_id(0)), tl.program_id(1)
-    moved = length
-    if PADDED:
-        # A token that is padding does not move the window: as if there were none.
-        moved = length * (tl.load(valid + batch) != 0).to(tl.int32)
+    first, head = tl.program_id(0) * share, tl.program_id(1)
+    last = tl.minimum(first + share, rows)
     if head < query_heads:
         _prepare(
             query,
             query_past,
             query_taps,
             query_ready,
-            batch,
+            valid,
+            first,
+            last,
             head,
             query_heads,
             length,
-            moved,
+            PADDED,
+            SEVERAL,
             TAPS,
             SLOTS,
             True,
@@ -605,11 +689,14 @@ def prepare_kernel(
             key_past,
             key_taps,
             key_ready,
-            batch,
+            valid,
+            first,
+            last,
             head,
             key_heads,
             length,
-            moved,
+            PADDED,
+            SEVERAL,
             TAPS,
             SLOTS,
             True,
@@ -625,11 +712,14 @@ def prepare_kernel(
             value_past,
             value_taps,
             value_ready,
-            batch,
+            valid,
+            first,
+            last,
             head,
             value_heads,
             length,
-            moved,
+            PADDED,
+            SEVERAL,
             TAPS,
             SLOTS,
             VALUE_CONV,
@@ -646,11 +736,14 @@ def _prepare(
     past,
     taps,
     ready,
-    batch,
+    valid,
+    first,
+    last,
     head,
     heads,
     length,
-    moved,
+    PADDED: tl.constexpr,
+    SEVERAL: tl.constexpr,
     TAPS: tl.constexpr,
     SLOTS: tl.constexpr,
     CONV: tl.constexpr,
@@ -660,45 +753,67 @@ def _prepare(
     BLOCK: tl.constexpr,
 ):
     channels = heads * WIDTH
-    rows = tl.arange(0, BLOCK)
-    inside = rows < WIDTH
-    channel = head * WIDTH + rows
-    raw += batch * length * channels
-    ready += batch * length * channels
-    past += batch * channels * (TAPS - 1)
+    lines = tl.arange(0, BLOCK)
+    inside = lines < WIDTH
+    channel = head * WIDTH + lines
+    raw += long(first) * length * channels
+    ready += long(first) * length * channels
+    past += long(first) * channels * (TAPS - 1)
     if CONV:
         # Taps and tokens in one tile: what the last token sees, one place on, is the context after it.
         slot = tl.arange(0, SLOTS)
         there = inside[:, None] & (slot < TAPS)[None, :]
         weights = tl.load(taps + channel[:, None] * TAPS + slot[None, :], mask=there, other=0.0).to(tl.float32)
+        held = channel[:, None] * (TAPS - 1) + slot[None, :]
         window = tl.zeros([BLOCK, SLOTS], tl.float32)
-    for token in range(0, length):
+    for row in range(first, last):
+        for token in range(0, length if SEVERAL else 1):
+            if CONV:
+                begin = token - (TAPS - 1)
+                old = there & (slot < -begin)[None, :]
+                window = tl.load(past + held + token, mask=old, other=0.0).to(tl.float32)
+                if SEVERAL:
+                    fresh = there & (slot >= -begin)[None, :]
+                    sources = raw + (begin + slot)[None, :] * channels + channel[:, None]
+                    window += tl.load(sources, mask=fresh, other=0.0).to(tl.float32)
+                else:
+                    fresh = tl.load(raw + channel[:, None], mask=inside[:, None], other=0.0).to(tl.float32)
+                    window = tl.where((slot == TAPS - 1)[None, :], fresh, window)
+                x = tl.sum(window * weights, 1)
+            else:
+                x = tl.load(raw + token * channels + channel, mask=inside, other=0.0).to(tl.float32)
+            x = _round(x, raw)
+            if SILU:
+                x = _round(_silu(x), raw)
+            if UNIT:
+                x = _unit(x)
+            tl.store(ready + token * channels + channel, x.to(ready.dtype.element_ty), mask=inside)
         if CONV:
-            source = token - (TAPS - 1) + slot
-            here, before = there & (source >= 0)[None, :], there & (source < 0)[None, :]
-            window = tl.load(raw + source[None, :] * channels + channel[:, None], mask=here, other=0.0).to(tl.float32)
-            held = past + channel[:, None] * (TAPS - 1) + (TAPS - 1 + source)[None, :]
-            window += tl.load(held, mask=before, other=0.0).to(tl.float32)
-            x = tl.sum(window * weights, 1)
-        else:
-            x = tl.load(raw + token * channels + channel, mask=inside, other=0.0).to(tl.float32)
-        x = _round(x, raw)
-        if SILU:
-            x = _round(_silu(x), raw)
-        if UNIT:
-            x = _unit(x)
-        tl.store(ready + token * channels + channel, x.to(ready.dtype.element_ty), mask=inside)
-    if CONV:
-        tl.debug_barrier()
-        held = past + channel[:, None] * (TAPS - 1) + (slot - 1)[None, :]
-        kept = (slot >= 1) & (slot < tl.where(long(moved) > 0, TAPS, 0))
-        tl.store(held, window.to(past.dtype.element_ty), mask=inside[:, None] & kept[None, :])
+            reach = TAPS
+            if PADDED:
+                # A token that is padding does not move the window: as if there were none.
+                reach = tl.where(tl.load(valid + row) != 0, TAPS, 0)
+            kept = inside[:, None] & ((slot > 0) & (slot < reach))[None, :]
+            tl.debug_barrier()
+            tl.store(past + held - 1, window.to(past.dtype.element_ty), mask=kept)
+        raw += length * channels
+        ready += length * channels
+        past += channels * (TAPS - 1)
 
 
 # Warps by the wider of both widths. More are slower: the solve then waits for its barriers.
 WARPS = {16: 1, 32: 1, 64: 2, 128: 4}
 # Up to how many heads of all rows several tokens are solved side by side, in a launch of their own.
 SPREAD_PROGRAMS = 64
+# Up to how many heads of all rows of width 64 have twice the warps, and with them room for both states.
+EAGER_PROGRAMS = 132
+# From how many heads of all rows on memory is what single tokens of width 128 wait for: whole lines of it then.
+LINED_PROGRAMS = 512
+# The least ridge for which the residual of pipelined conjugate gradients in float32, a recursion, is the true one.
+PIPELINED_RIDGE = 0.01
+# How many programs prepare tokens; each does as many rows as that takes.
+PREPARE_PROGRAMS = 4096
+PREPARE_WARPS = 2
 # From how many tokens of all heads on four tokens and more are solved together.
 TOGETHER_TOKENS = 1024
 
@@ -754,7 +869,9 @@ def gka_triton_mixer_step(inputs: MixerInputs, solver: GKASolver, options: Mixer
     ready = (*(torch.empty_like(t) for t in raw[:2]), torch.empty_like(raw[2]) if with_value else raw[2])
     # Where a kernel may start while the one before it ends, the step loads its state meanwhile.
     early = compute_capability(none.device) >= 90
-    prepare_kernel[(batch, query_heads + key_heads + (value_heads if with_value else 0))](
+    every_head = query_heads + key_heads + (value_heads if with_value else 0)
+    share = triton.cdiv(batch * every_head, PREPARE_PROGRAMS)
+    prepare_kernel[(triton.cdiv(batch, share), every_head)](
         *raw,
         inputs.query_past,
         inputs.key_past,
@@ -764,11 +881,14 @@ def gka_triton_mixer_step(inputs: MixerInputs, solver: GKASolver, options: Mixer
         none if inputs.value_taps is None else inputs.value_taps,
         none if inputs.valid is None else inputs.valid,
         *ready,
+        batch,
+        share,
         length,
         query_heads,
         key_heads,
         value_heads,
         PADDED=inputs.valid is not None,
+        SEVERAL=length > 1,
         TAPS=taps,
         SLOTS=triton.next_power_of_2(taps),
         KEY_SILU=options.key_silu,
@@ -778,7 +898,7 @@ def gka_triton_mixer_step(inputs: MixerInputs, solver: GKASolver, options: Mixer
         VALUE_WIDTH=value_width,
         BLOCK=block,
         VALUE_BLOCK=value_block,
-        num_warps=1,
+        num_warps=PREPARE_WARPS,
         **_overlap(early),
     )
     _launch(
@@ -821,10 +941,15 @@ def _launch(tokens, gates, numbers, valid, surroundings, states, outputs, heads,
     query, key, value = tokens
     batch, length, query_heads, width = query.shape
     block, value_block = filled(width), filled(value.shape[-1])
+    programs, widest = batch * heads, max(block, value_block)
+    eager = widest == 64 and programs <= EAGER_PROGRAMS
     mixed = torch.empty(2, batch, length, heads, width, dtype=torch.float32, device=query.device)
     constants = {
         "METHOD": method(solver),
         "SEVERAL": length > 1,
+        "PIPELINED": query.dtype != torch.float32 and solver.ridge_ratio >= PIPELINED_RIDGE,
+        "EAGER": eager,
+        "PIECE": min(block, 32 if length == 1 and widest == 128 and programs >= LINED_PROGRAMS else 16),
         "GATED": gates[3] is not None,
         "MIXED": gates[2] is not None,
         "OUTPUT_GATED": gates[4] is not None,
@@ -862,12 +987,12 @@ def _launch(tokens, gates, numbers, valid, surroundings, states, outputs, heads,
             scale,
             eps,
             **flags,
-            num_warps=WARPS[max(block, value_block)],
+            num_warps=WARPS[widest] * (2 if eager else 1),
         )
 
-    part = first_part(length, batch * heads, query.dtype) if constants["METHOD"] != 0 else 0
+    part = first_part(length, programs, query.dtype) if constants["METHOD"] != 0 else 0
     if part == 1:
-        start((batch * heads, length), PART=1, EVERY=False)
-        start((batch * heads,), PART=2, EARLY=False)
+        start((programs, length), PART=1, EVERY=False)
+        start((programs,), PART=2, EARLY=False)
     else:
-        start((batch * heads,), PART=part)
+        start((programs,), PART=part)
