@@ -813,7 +813,7 @@ LINED_PROGRAMS = 512
 PIPELINED_RIDGE = 0.01
 # How many programs prepare tokens; each does as many rows as that takes.
 PREPARE_PROGRAMS = 4096
-PREPARE_WARPS = 2
+PREPARE_WARPS = 4
 # From how many tokens of all heads on four tokens and more are solved together.
 TOGETHER_TOKENS = 1024
 
