@@ -34,15 +34,17 @@ def continued(model, implementation, ids, mask):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
-    ("dtype", "bound", "together"),
+    ("dtype", "bound", "crowded"),
     [(torch.float32, 2e-5, False), (torch.float16, 1e-2, False), (torch.float16, 1e-2, True)],
 )
 @pytest.mark.parametrize("gpu", [pytest.param(True, marks=pytest.mark.gpu), False])
-def test_fused_step_is_the_layer(shape, dtype, bound, together, gpu, monkeypatch):
+def test_fused_step_is_the_layer(shape, dtype, bound, crowded, gpu, monkeypatch):
     if gpu != torch.cuda.is_available():
         pytest.skip("runs compiled on a GPU, interpreted elsewhere")
-    if together:
+    if crowded:
+        # As with many rows: tokens solved together, and programs that prepare several rows.
         monkeypatch.setattr(triton_step, "first_part", lambda length, *_: 3 if length > 1 else 0)
+        monkeypatch.setattr(triton_step, "PREPARE_PROGRAMS", 1)
     model = tiny_model(["linear_attention"], **SHAPES[shape])
     with torch.no_grad():
         for parameter in model.parameters():

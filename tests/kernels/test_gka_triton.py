@@ -181,9 +181,42 @@ def test_tokens_are_solved_together_where_that_is_faster():
     assert part(8, 4096, torch.float32) == 0
 
 
+@pytest.mark.parametrize("layout", [(True, 16), (False, 32), (True, 32)])
+@pytest.mark.parametrize(("length", "part"), [(1, 0), (3, 0), (3, 1), (3, 3)])
+def test_a_step_in_every_layout_of_its_states(length, part, layout, monkeypatch):
+    monkeypatch.setattr(triton_step, "layout", lambda *_: layout)
+    monkeypatch.setattr(triton_step, "first_part", lambda *_: part)
+    inputs = halved(make_inputs(length, **SMALL, width=40, value_width=20), torch.float16)
+    with torch.no_grad():
+        outputs, state = call(inputs, CG, None, "triton")
+        exact, exact_state = call([t.double() for t in inputs], EXACT, None)
+    assert relative_error(outputs, exact) <= 5e-3
+    assert all(relative_error(a, b) <= 5e-7 for a, b in zip(state, exact_state, strict=True))
+
+
+def test_layouts_by_width_and_heads():
+    layout = triton_step.layout
+    assert [layout(1, heads, 128) for heads in (16, 4096)] == [(False, 16), (False, 32)]
+    assert [layout(1, heads, 64) for heads in (9, 4096)] == [(True, 16), (False, 16)]
+    assert layout(4, 4096, 128) == layout(1, 9, 32) == (False, 16)
+
+
+def test_a_small_ridge_is_solved_as_well():
+    """Where the recursive residual of pipelined conjugate gradients would no longer be the true one."""
+    solver = GKASolver("cg", 200, ridge_ratio=1e-4)
+    inputs = halved(make_inputs(1, **SMALL, width=30), torch.float16)
+    # Eigenvalues from 1 to 1e-3.
+    basis = torch.linalg.qr(inputs[7])[0]
+    inputs[7] = (basis * torch.logspace(0, -3, 30)) @ basis.mT
+    with torch.no_grad():
+        outputs, _ = call(inputs, solver, None, "triton")
+        exact, _ = call([t.double() for t in inputs], EXACT._replace(ridge_ratio=1e-4), None)
+    # Measured: 3e-4; pipelined ones 6e-2.
+    assert relative_error(outputs, exact) <= 2e-3
+
+
 @pytest.mark.parametrize("iterations", [1, 2, 3, 4, 6])
 def test_iterations_of_a_half_precision_step_are_those_of_conjugate_gradients(iterations):
-    """The pipelined ones: plain ones, which would mend what they get wrong, have no iterations left."""
     inputs = halved(make_inputs(1, **SMALL, width=12), torch.float16)
     inputs[4] = torch.ones_like(inputs[4])
 

@@ -142,6 +142,20 @@ def test_a_few_tokens_after_a_prefix(length, kind, part, width, dtype, monkeypat
     assert all(relative_error(a, b) <= 1e-6 for a, b in zip(after, exact_after, strict=True))
 
 
+@pytest.mark.parametrize("layout", [(True, 16), (False, 32), (True, 32)])
+@pytest.mark.parametrize(("length", "part"), [(1, 0), (4, 0), (4, 1), (4, 3)])
+@pytest.mark.parametrize("width", [64, 128])
+def test_a_step_in_every_layout_of_its_states(width, length, part, layout, monkeypatch):
+    monkeypatch.setattr(triton_step, "layout", lambda *_: layout)
+    monkeypatch.setattr(triton_step, "first_part", lambda *_: part)
+    inputs, _ = case(length, "plain", torch.float16, width=width, value_width=width)
+    with torch.no_grad():
+        outputs, after = call(inputs, CG, None, "triton")
+        exact, exact_after = call([t.double() for t in inputs], EXACT, None)
+    assert relative_error(outputs, exact) <= 1e-2
+    assert all(relative_error(a, b) <= 1e-6 for a, b in zip(after, exact_after, strict=True))
+
+
 def test_the_result_is_deterministic():
     inputs, segments = case(700, "packed", torch.bfloat16, width=128, value_width=128)
     cotangents = [c.cuda() for c in make_cotangents([t.cpu() for t in inputs])]

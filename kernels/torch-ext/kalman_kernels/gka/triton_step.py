@@ -378,6 +378,7 @@ def step_kernel(
     EAGER: tl.constexpr,
     PIECE: tl.constexpr,
     EARLY: tl.constexpr,
+    PAIRED: tl.constexpr,
     MIXER: tl.constexpr,
     DECAYS: tl.constexpr,
     GATED: tl.constexpr,
@@ -423,6 +424,8 @@ def step_kernel(
         unit = unit * (1.0 / 16384.0)
     if EARLY:
         tl.extra.cuda.gdc_wait()
+    if PAIRED & (PART == 1):
+        tl.extra.cuda.gdc_launch_dependents()
     previous = 0
     last = length - 1 if SEVERAL else 0
     if PART == 1:
@@ -491,6 +494,9 @@ def step_kernel(
         if EVERY:
             tl.store(grams + (place + token * heads) * WIDTH * WIDTH + offset, gram, mask=mask)
         if (PART != 1) & (token == last):
+            if PAIRED & (PART == 2):
+                # For the solves: they read what is replaced here, and what they found is read below.
+                tl.extra.cuda.gdc_wait()
             # Under way while the solve runs.
             tl.store(gram_out + line * WIDTH * WIDTH + offset, gram, mask=mask)
         if (PART == 0) & (METHOD != 0):
@@ -805,6 +811,7 @@ def _prepare(
 WARPS = {16: 1, 32: 1, 64: 2, 128: 4}
 # Up to how many heads of all rows several tokens are solved side by side, in a launch of their own.
 SPREAD_PROGRAMS = 64
+PAIR, PAIR_EAGER = True, True
 # Up to how many heads of all rows of width 64 have twice the warps, and with them room for both states.
 EAGER_PROGRAMS = 132
 # From how many heads of all rows on memory is what single tokens of width 128 wait for: whole lines of it then.
@@ -867,8 +874,7 @@ def gka_triton_mixer_step(inputs: MixerInputs, solver: GKASolver, options: Mixer
     with_value = inputs.value_taps is not None or options.value_silu
     raw = (inputs.query, inputs.key, inputs.value)
     ready = (*(torch.empty_like(t) for t in raw[:2]), torch.empty_like(raw[2]) if with_value else raw[2])
-    # Where a kernel may start while the one before it ends, the step loads its state meanwhile.
-    early = compute_capability(none.device) >= 90
+    early = _may_overlap(none)
     every_head = query_heads + key_heads + (value_heads if with_value else 0)
     share = triton.cdiv(batch * every_head, PREPARE_PROGRAMS)
     prepare_kernel[(triton.cdiv(batch, share), every_head)](
@@ -923,6 +929,11 @@ def gka_triton_mixer_step(inputs: MixerInputs, solver: GKASolver, options: Mixer
     return outputs
 
 
+def _may_overlap(tensor: Tensor) -> bool:
+    """Whether a kernel may start while the one before it ends: the step then loads its state meanwhile."""
+    return compute_capability(tensor.device) >= 90
+
+
 def _overlap(early: bool) -> dict[str, bool]:
     """EARLY and, with it, the launch option that lets a kernel start before the one before it ends."""
     return {"EARLY": early, "launch_pdl": True} if early else {"EARLY": early}
@@ -937,19 +948,25 @@ def first_part(length: int, programs: int, dtype: torch.dtype) -> int:
     return 3 if dtype != torch.float32 and length > 3 and length * programs >= TOGETHER_TOKENS else 0
 
 
+def layout(length: int, programs: int, widest: int) -> tuple[bool, int]:
+    """`step_kernel`'s EAGER, which comes with twice the warps, and PIECE for the tokens of `programs` heads."""
+    eager = widest == 64 and programs <= EAGER_PROGRAMS
+    return eager, 32 if length == 1 and widest == 128 and programs >= LINED_PROGRAMS else 16
+
+
 def _launch(tokens, gates, numbers, valid, surroundings, states, outputs, heads, solver, scale, eps, options) -> None:
     query, key, value = tokens
     batch, length, query_heads, width = query.shape
     block, value_block = filled(width), filled(value.shape[-1])
     programs, widest = batch * heads, max(block, value_block)
-    eager = widest == 64 and programs <= EAGER_PROGRAMS
+    eager, piece = layout(length, programs, widest)
     mixed = torch.empty(2, batch, length, heads, width, dtype=torch.float32, device=query.device)
     constants = {
         "METHOD": method(solver),
         "SEVERAL": length > 1,
         "PIPELINED": query.dtype != torch.float32 and solver.ridge_ratio >= PIPELINED_RIDGE,
-        "EAGER": eager,
-        "PIECE": min(block, 32 if length == 1 and widest == 128 and programs >= LINED_PROGRAMS else 16),
+        "PAIRED": False,
+        "PIECE": min(block, piece),
         "GATED": gates[3] is not None,
         "MIXED": gates[2] is not None,
         "OUTPUT_GATED": gates[4] is not None,
@@ -964,7 +981,10 @@ def _launch(tokens, gates, numbers, valid, surroundings, states, outputs, heads,
 
     def start(grid: tuple[int, ...], **changes: int) -> None:
         flags = constants | changes
-        flags |= _overlap(flags["EARLY"])
+        # Part 2 has its states loaded when part 1, beside which it runs, has solved.
+        beside = flags["PAIRED"] and flags["PART"] == 2
+        flags |= _overlap(flags["EARLY"]) | ({"launch_pdl": True} if beside else {})
+        both = eager or beside and PAIR_EAGER
         step_kernel[grid](
             query,
             key,
@@ -987,12 +1007,14 @@ def _launch(tokens, gates, numbers, valid, surroundings, states, outputs, heads,
             scale,
             eps,
             **flags,
-            num_warps=WARPS[widest] * (2 if eager else 1),
+            EAGER=both,
+            num_warps=WARPS[widest] * (2 if both else 1),
         )
 
     part = first_part(length, programs, query.dtype) if constants["METHOD"] != 0 else 0
     if part == 1:
-        start((programs, length), PART=1, EVERY=False)
-        start((programs,), PART=2, EARLY=False)
+        paired = _may_overlap(query) and PAIR
+        start((programs, length), PART=1, EVERY=False, PAIRED=paired)
+        start((programs,), PART=2, EARLY=False, PAIRED=paired)
     else:
         start((programs,), PART=part)
