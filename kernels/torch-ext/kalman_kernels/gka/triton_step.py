@@ -398,7 +398,7 @@ def step_kernel(
     of it, token after token; 1 the solves alone, one program for each token (second axis); 2 all but the solves, done
     before; 3 all of it, tokens solved together. EARLY: the kernel before may still run until tokens are read.
     SEVERAL: more than one token. EAGER: both states are loaded at once. PIECE: columns of a state side by side, over
-    neighbouring threads. PADDED: a single token.
+    neighbouring threads. PAIRED: parts 1 and 2 run at the same time, 2 waits for the solves. PADDED: a single token.
     """
     TOGETHER: tl.constexpr = PART == 3
     line = long(tl.program_id(0))
@@ -659,7 +659,7 @@ def prepare_kernel(
     """Convolution, SiLU and unit norm of the queries, keys or values of one head; convolution contexts in place.
 
     One program does `share` rows. EARLY: as in `step_kernel`, and the next may start once this one need not wait any
-    more. PADDED: a single token.
+    more. SEVERAL: more than one token. PADDED: a single token.
     """
     if EARLY:
         tl.extra.cuda.gdc_wait()
@@ -811,7 +811,6 @@ def _prepare(
 WARPS = {16: 1, 32: 1, 64: 2, 128: 4}
 # Up to how many heads of all rows several tokens are solved side by side, in a launch of their own.
 SPREAD_PROGRAMS = 64
-PAIR, PAIR_EAGER = True, True
 # Up to how many heads of all rows of width 64 have twice the warps, and with them room for both states.
 EAGER_PROGRAMS = 132
 # From how many heads of all rows on memory is what single tokens of width 128 wait for: whole lines of it then.
@@ -966,6 +965,7 @@ def _launch(tokens, gates, numbers, valid, surroundings, states, outputs, heads,
         "SEVERAL": length > 1,
         "PIPELINED": query.dtype != torch.float32 and solver.ridge_ratio >= PIPELINED_RIDGE,
         "PAIRED": False,
+        "EAGER": eager,
         "PIECE": min(block, piece),
         "GATED": gates[3] is not None,
         "MIXED": gates[2] is not None,
@@ -981,10 +981,7 @@ def _launch(tokens, gates, numbers, valid, surroundings, states, outputs, heads,
 
     def start(grid: tuple[int, ...], **changes: int) -> None:
         flags = constants | changes
-        # Part 2 has its states loaded when part 1, beside which it runs, has solved.
-        beside = flags["PAIRED"] and flags["PART"] == 2
-        flags |= _overlap(flags["EARLY"]) | ({"launch_pdl": True} if beside else {})
-        both = eager or beside and PAIR_EAGER
+        flags |= _overlap(flags["EARLY"])
         step_kernel[grid](
             query,
             key,
@@ -1007,14 +1004,14 @@ def _launch(tokens, gates, numbers, valid, surroundings, states, outputs, heads,
             scale,
             eps,
             **flags,
-            EAGER=both,
-            num_warps=WARPS[widest] * (2 if both else 1),
+            num_warps=WARPS[widest] * (2 if flags["EAGER"] else 1),
         )
 
     part = first_part(length, programs, query.dtype) if constants["METHOD"] != 0 else 0
     if part == 1:
-        paired = _may_overlap(query) and PAIR
-        start((programs, length), PART=1, EVERY=False, PAIRED=paired)
-        start((programs,), PART=2, EARLY=False, PAIRED=paired)
+        # Part 2 runs beside part 1 and has its states loaded when that has solved.
+        beside = {"PAIRED": True, "EAGER": True, "launch_pdl": True} if _may_overlap(query) else {}
+        start((programs, length), PART=1, EVERY=False, PAIRED=bool(beside))
+        start((programs,), PART=2, EARLY=False, **beside)
     else:
         start((programs,), PART=part)
