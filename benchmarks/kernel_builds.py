@@ -168,6 +168,10 @@ def build(capability):
     # So many heads that their tokens are solved together.
     gka_step(torch.bfloat16, 128, cg, 8, True, batch=64)
     gka_step(torch.float32, 64, chebyshev, 1, False)
+    # So many that memory is what they wait for; so few that both states are loaded at once; a ridge that takes plain
+    # conjugate gradients.
+    gka_step(torch.bfloat16, 128, cg, 1, False, batch=256)
+    gka_step(torch.float16, 64, cg._replace(ridge_ratio=1e-3), 2, False, batch=40)
     mixer_step(torch.bfloat16, 128)
     mixer_step(torch.float16, 64, 4)
     mixer_step(torch.float16, 64, 8, batch=64)
