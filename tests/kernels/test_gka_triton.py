@@ -215,6 +215,26 @@ def test_a_small_ridge_is_solved_as_well():
     assert relative_error(outputs, exact) <= 2e-3
 
 
+def test_a_half_precision_step_goes_on_to_its_tolerance():
+    """The value state is the identity and the output the solution."""
+    inputs = halved(make_inputs(1, width=16, value_width=16, heads=8, key_heads=8, value_heads=8), torch.float16)
+    for gate in (3, 5, 6):
+        inputs[gate] = torch.zeros_like(inputs[gate])
+    inputs[4] = torch.ones_like(inputs[4])
+    # Queries among directions of eigenvalues from 0.3 on, so that rounding of the solution leaves little.
+    basis = torch.linalg.qr(inputs[7])[0][..., :8]
+    gram = (basis * torch.linspace(0.3, 1, 8)) @ basis.mT
+    inputs[7], inputs[8] = gram, torch.eye(16).expand_as(inputs[8]).contiguous()
+    inputs[0] = (basis @ torch.randn(8, 1, generator=torch.Generator().manual_seed(0))).mT[:, None, :, 0].half()
+    solver = GKASolver("cg", 30, ridge_ratio=0.02)
+    with torch.no_grad():
+        found, _ = call(inputs, solver, None, "triton", scale=1.0)
+    query, x = inputs[0][:, 0].double(), found[:, 0].double()
+    ridge = 0.02 * gram.double().flatten(2).norm(dim=-1)[..., None]
+    residual = query - (gram.double() @ x[..., None])[..., 0] - ridge * x
+    assert (residual.norm(dim=-1) / query.norm(dim=-1)).max().item() <= 1.3e-3
+
+
 @pytest.mark.parametrize("iterations", [1, 2, 3, 4, 6])
 def test_iterations_of_a_half_precision_step_are_those_of_conjugate_gradients(iterations):
     inputs = halved(make_inputs(1, **SMALL, width=12), torch.float16)
