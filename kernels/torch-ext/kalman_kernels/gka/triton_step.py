@@ -53,6 +53,13 @@ def _tile(rows, inside, columns, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def _state(pointer, rows, inside, columns, WIDTH: tl.constexpr):
+    """A state, where its elements stand and which of them are there."""
+    offset, mask = _tile(rows, inside, columns, WIDTH)
+    return tl.load(pointer + offset, mask=mask, other=0.0), offset, mask
+
+
+@triton.jit
 def _row_sums(state):
     return tl.sum(tl.sum(state, BLOCK_AXIS), 1)
 
@@ -85,7 +92,7 @@ def _solve(
         rr = tl.sum(query * query, 0)
         # An empty state (norm 0) is solved by 0.
         enough = tl.where(norm > 0, tolerance * rr, rr)
-        # Triton 3.6 and 3.7 compile a loop only if what they look at to go on is defined last.
+        # Triton 3.6 to 3.8 compile the plain loop only if `busy` comes after what it carries, here and inside.
         busy = rr > enough
         if PIPELINED:
             image = _times(gram, query, PIECE) + ridge * query
@@ -207,16 +214,8 @@ def _scalars(
 
 @triton.jit
 def _written(
-    value,
-    input_gate,
-    log_decay,
-    numbers,
-    output_gate,
+    tokens,
     token,
-    length,
-    heads,
-    value_heads,
-    lines,
     GATED: tl.constexpr,
     DECAYED: tl.constexpr,
     PACKED: tl.constexpr,
@@ -224,6 +223,7 @@ def _written(
     WIDTH: tl.constexpr,
 ):
     """What the value state needs of a token: value, `_scalars` and, if OPENED, the output gate."""
+    value, input_gate, log_decay, numbers, output_gate, length, heads, value_heads, lines = tokens
     v = _vector(value, token, length, value_heads * WIDTH, lines, WIDTH)
     gate, log, number = _scalars(input_gate, log_decay, numbers, token, length, heads, GATED, DECAYED, PACKED)
     opening = 0.0
@@ -408,16 +408,16 @@ def step_kernel(
     inside, value_inside = rows < WIDTH, value_rows < VALUE_WIDTH
     query_head = head // (heads // query_heads)
     key_head, value_head = head // (heads // key_heads), head // (heads // value_heads)
+    gram_at, value_at = gram_in + line * WIDTH * WIDTH, value_key_in + line * VALUE_WIDTH * WIDTH
     if TOGETHER:
         # Rows and columns alone: nothing is summed over either before the products of matrices.
         offset = rows[:, None] * WIDTH + rows[None, :]
         mask = inside[:, None] & inside[None, :]
+        gram = tl.load(gram_at + offset, mask=mask, other=0.0)
     else:
-        offset, mask = _tile(rows, inside, columns, WIDTH)
-    gram = tl.load(gram_in + line * WIDTH * WIDTH + offset, mask=mask, other=0.0)
+        gram, offset, mask = _state(gram_at, rows, inside, columns, WIDTH)
     if EAGER & (PART != 1):
-        value_offset, value_mask = _tile(value_rows, value_inside, columns, WIDTH)
-        state = tl.load(value_key_in + line * VALUE_WIDTH * WIDTH + value_offset, mask=value_mask, other=0.0)
+        state, value_offset, value_mask = _state(value_at, value_rows, value_inside, columns, WIDTH)
     if TOGETHER:
         unit, inverse = power_of_two(tl.max(tl.abs(gram)))
         operand = (gram * (inverse * 16384.0)).to(tl.float16)
@@ -452,24 +452,11 @@ def step_kernel(
     gate, log, number = _scalars(input_gate, of_gram, numbers, 0, length, heads, GATED, DECAYED, PACKED)
     q = tl.zeros([BLOCK], tl.float32)
     OPENED: tl.constexpr = MIXER & OUTPUT_GATED
+    tokens = value, input_gate, log_decay, numbers, output_gate, length, heads, value_heads, value_rows
     if not SEVERAL:
         # Small, and slow behind the value state: ahead of the solve.
         v, value_gate, value_log, value_number, opening = _written(
-            value,
-            input_gate,
-            log_decay,
-            numbers,
-            output_gate,
-            0,
-            length,
-            heads,
-            value_heads,
-            value_rows,
-            GATED,
-            DECAYS > 0,
-            PACKED,
-            OPENED,
-            VALUE_WIDTH,
+            tokens, 0, GATED, DECAYS > 0, PACKED, OPENED, VALUE_WIDTH
         )
     for token in range(0, last + 1):
         if SEVERAL:
@@ -544,9 +531,8 @@ def step_kernel(
             BLOCK,
         )
     if PART != 1:
-        offset, mask = _tile(value_rows, value_inside, columns, WIDTH)
         if not EAGER:
-            state = tl.load(value_key_in + line * VALUE_WIDTH * WIDTH + offset, mask=mask, other=0.0)
+            state, value_offset, value_mask = _state(value_at, value_rows, value_inside, columns, WIDTH)
         previous = 0
         reads, writes = mixed + place * WIDTH, mixed + (tl.num_programs(0) * length + place) * WIDTH
         if SEVERAL:
@@ -554,21 +540,7 @@ def step_kernel(
             reading = _vector(reads, 0, length, heads * WIDTH, columns, WIDTH)
             writing = _vector(writes, 0, length, heads * WIDTH, columns, WIDTH)
             v, value_gate, value_log, value_number, opening = _written(
-                value,
-                input_gate,
-                log_decay,
-                numbers,
-                output_gate,
-                0,
-                length,
-                heads,
-                value_heads,
-                value_rows,
-                GATED,
-                DECAYS > 0,
-                PACKED,
-                OPENED,
-                VALUE_WIDTH,
+                tokens, 0, GATED, DECAYS > 0, PACKED, OPENED, VALUE_WIDTH
             )
         else:
             reading, writing = tl.reshape(q, columns.shape), tl.reshape(k, columns.shape)
@@ -579,21 +551,7 @@ def step_kernel(
                 next_reading = _vector(reads, token + 1, length, heads * WIDTH, columns, WIDTH)
                 next_writing = _vector(writes, token + 1, length, heads * WIDTH, columns, WIDTH)
                 next_v, next_gate, next_log, next_number, next_opening = _written(
-                    value,
-                    input_gate,
-                    log_decay,
-                    numbers,
-                    output_gate,
-                    token + 1,
-                    length,
-                    heads,
-                    value_heads,
-                    value_rows,
-                    GATED,
-                    DECAYS > 0,
-                    PACKED,
-                    OPENED,
-                    VALUE_WIDTH,
+                    tokens, token + 1, GATED, DECAYS > 0, PACKED, OPENED, VALUE_WIDTH
                 )
             if GATED:
                 v = v * _opened(value_gate, input_gate, MIXER)
@@ -608,7 +566,9 @@ def step_kernel(
             target = (place + token * heads) * VALUE_WIDTH + value_rows
             state = state * keep + _wide(v) * _along(writing)
             if EVERY:
-                tl.store(value_keys + (place + token * heads) * VALUE_WIDTH * WIDTH + offset, state, mask=mask)
+                tl.store(
+                    value_keys + (place + token * heads) * VALUE_WIDTH * WIDTH + value_offset, state, mask=value_mask
+                )
             y = _row_sums(state * _along(reading)) * scale
             if MIXER:
                 y = _round(y, outputs)
@@ -619,7 +579,7 @@ def step_kernel(
             if SEVERAL:
                 reading, writing, v, opening = next_reading, next_writing, next_v, next_opening
                 value_gate, value_log, value_number = next_gate, next_log, next_number
-        tl.store(value_key_out + line * VALUE_WIDTH * WIDTH + offset, state, mask=mask)
+        tl.store(value_key_out + line * VALUE_WIDTH * WIDTH + value_offset, state, mask=value_mask)
 
 
 @triton.jit(do_not_specialize=["rows", "share", "length"])
@@ -775,13 +735,12 @@ def _prepare(
     for row in range(first, last):
         for token in range(0, length if SEVERAL else 1):
             if CONV:
-                begin = token - (TAPS - 1)
-                old = there & (slot < -begin)[None, :]
-                window = tl.load(past + held + token, mask=old, other=0.0).to(tl.float32)
+                source = token - (TAPS - 1) + slot
+                before, here = there & (source < 0)[None, :], there & (source >= 0)[None, :]
+                window = tl.load(past + held + token, mask=before, other=0.0).to(tl.float32)
                 if SEVERAL:
-                    fresh = there & (slot >= -begin)[None, :]
-                    sources = raw + (begin + slot)[None, :] * channels + channel[:, None]
-                    window += tl.load(sources, mask=fresh, other=0.0).to(tl.float32)
+                    sources = raw + source[None, :] * channels + channel[:, None]
+                    window += tl.load(sources, mask=here, other=0.0).to(tl.float32)
                 else:
                     fresh = tl.load(raw + channel[:, None], mask=inside[:, None], other=0.0).to(tl.float32)
                     window = tl.where((slot == TAPS - 1)[None, :], fresh, window)
@@ -813,7 +772,7 @@ WARPS = {16: 1, 32: 1, 64: 2, 128: 4}
 SPREAD_PROGRAMS = 64
 # Up to how many heads of all rows of width 64 have twice the warps, and with them room for both states.
 EAGER_PROGRAMS = 132
-# From how many heads of all rows on memory is what single tokens of width 128 wait for: whole lines of it then.
+# From how many heads of all rows on single tokens of width 128 read and write their states in whole lines of memory.
 LINED_PROGRAMS = 512
 # The least ridge for which the residual of pipelined conjugate gradients in float32, a recursion, is the true one.
 PIPELINED_RIDGE = 0.01
@@ -959,7 +918,8 @@ def _launch(tokens, gates, numbers, valid, surroundings, states, outputs, heads,
     block, value_block = filled(width), filled(value.shape[-1])
     programs, widest = batch * heads, max(block, value_block)
     eager, piece = layout(length, programs, widest)
-    mixed = torch.empty(2, batch, length, heads, width, dtype=torch.float32, device=query.device)
+    # What reads and what writes of every token; a single one keeps them in registers.
+    mixed = torch.empty(2, batch, length if length > 1 else 0, heads, width, dtype=torch.float32, device=query.device)
     constants = {
         "METHOD": method(solver),
         "SEVERAL": length > 1,
