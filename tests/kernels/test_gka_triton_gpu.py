@@ -156,6 +156,19 @@ def test_a_step_in_every_layout_of_its_states(width, length, part, layout, monke
     assert all(relative_error(a, b) <= 1e-6 for a, b in zip(after, exact_after, strict=True))
 
 
+@pytest.mark.parametrize("width", [64, 128])
+def test_a_small_ridge_is_solved_as_well(width):
+    """Where the recursive residual of pipelined conjugate gradients would no longer be the true one."""
+    inputs, _ = case(1, "plain", torch.float16, width=width, value_width=width)
+    # Eigenvalues from 1 to 1e-3.
+    basis = torch.linalg.qr(inputs[7])[0]
+    inputs[7] = (basis * torch.logspace(0, -3, width, device="cuda")) @ basis.mT
+    with torch.no_grad():
+        outputs, _ = call(inputs, GKASolver("cg", 200, ridge_ratio=1e-4), None, "triton")
+        exact, _ = call([t.double() for t in inputs], EXACT._replace(ridge_ratio=1e-4), None)
+    assert relative_error(outputs, exact) <= 2e-3
+
+
 def test_the_result_is_deterministic():
     inputs, segments = case(700, "packed", torch.bfloat16, width=128, value_width=128)
     cotangents = [c.cuda() for c in make_cotangents([t.cpu() for t in inputs])]

@@ -396,7 +396,8 @@ def step_kernel(
 
     DECAYS: 0 none, 1 one for both states, 2 two, 3 for the value state alone. EVERY also stores all states. PART: 0 all
     of it, token after token; 1 the solves alone, one program for each token (second axis); 2 all but the solves, done
-    before; 3 all of it, tokens solved together. EARLY: the kernel before may still run until tokens are read.
+    before, one program for each state (second axis: value state and outputs, Gram state); 3 all of it, tokens solved
+    together. EARLY: the kernel before may still run until tokens are read.
     SEVERAL: more than one token. EAGER: both states are loaded at once. PIECE: columns of a state side by side, over
     neighbouring threads. PAIRED: parts 1 and 2 run at the same time, 2 waits for the solves. PADDED: a single token.
     """
@@ -405,7 +406,18 @@ def step_kernel(
     batch, head = line // heads, line % heads
     rows, value_rows = tl.arange(0, BLOCK), tl.arange(0, VALUE_BLOCK)
     columns = tl.arange(0, BLOCK // PIECE)[:, None] * PIECE + tl.arange(0, PIECE)[None, :]
+    last = length - 1 if SEVERAL else 0
+    updates, value_updates = last + 1, last + 1
     inside, value_inside = rows < WIDTH, value_rows < VALUE_WIDTH
+    if PART == 1:
+        last = tl.program_id(1)
+        updates = last + 1
+    if PART == 2:
+        # Nothing of the other state.
+        of_value = tl.program_id(1) == 0
+        updates, value_updates = tl.where(of_value, 0, updates), tl.where(of_value, value_updates, 0)
+        inside = rows < tl.where(of_value, 0, WIDTH)
+        value_inside = value_rows < tl.where(of_value, VALUE_WIDTH, 0)
     query_head = head // (heads // query_heads)
     key_head, value_head = head // (heads // key_heads), head // (heads // value_heads)
     gram_at, value_at = gram_in + line * WIDTH * WIDTH, value_key_in + line * VALUE_WIDTH * WIDTH
@@ -427,9 +439,6 @@ def step_kernel(
     if PAIRED & (PART == 1):
         tl.extra.cuda.gdc_launch_dependents()
     previous = 0
-    last = length - 1 if SEVERAL else 0
-    if PART == 1:
-        last = tl.program_id(1)
     first = batch * length
     place = first * heads + head
     # From here on pointers are at the first token of the row and head.
@@ -458,7 +467,7 @@ def step_kernel(
         v, value_gate, value_log, value_number, opening = _written(
             tokens, 0, GATED, DECAYS > 0, PACKED, OPENED, VALUE_WIDTH
         )
-    for token in range(0, last + 1):
+    for token in range(0, updates):
         if SEVERAL:
             # The next token is under way.
             next_k = _vector(key, token + 1, length, key_heads * WIDTH, rows, WIDTH)
@@ -482,7 +491,7 @@ def step_kernel(
             tl.store(grams + (place + token * heads) * WIDTH * WIDTH + offset, gram, mask=mask)
         if (PART != 1) & (token == last):
             if PAIRED & (PART == 2):
-                # For the solves: they read what is replaced here, and what they found is read below.
+                # For the solves: they read what is replaced here.
                 tl.extra.cuda.gdc_wait()
             # Under way while the solve runs.
             tl.store(gram_out + line * WIDTH * WIDTH + offset, gram, mask=mask)
@@ -490,12 +499,9 @@ def step_kernel(
             mix_at = solution_mix + token * heads
             q = _mixed(gram, q, mix_at, iterations, ridge, tolerance, METHOD, PIPELINED, MIXED, MIXER, PIECE)
         if SEVERAL:
-            # What reads and what writes wait for the value state.
-            at = mixed + (place + token * heads) * WIDTH
             if PART == 0:
-                tl.store(at + rows, q, mask=inside)
-            if PART != 1:
-                tl.store(at + tl.num_programs(0) * length * WIDTH + rows, k, mask=inside)
+                # What reads waits for the value state.
+                tl.store(mixed + (place + token * heads) * WIDTH + rows, q, mask=inside)
             k, gate, log, number = next_k, next_gate, next_log, next_number
     if PART == 1:
         mix_at = solution_mix + last * heads
@@ -534,27 +540,32 @@ def step_kernel(
         if not EAGER:
             state, value_offset, value_mask = _state(value_at, value_rows, value_inside, columns, WIDTH)
         previous = 0
-        reads, writes = mixed + place * WIDTH, mixed + (tl.num_programs(0) * length + place) * WIDTH
+        reads = mixed + place * WIDTH
+        if MIXER:
+            weight = tl.load(norm_weight + value_rows, mask=value_inside, other=0.0).to(tl.float32)
         if SEVERAL:
-            tl.debug_barrier()
-            reading = _vector(reads, 0, length, heads * WIDTH, columns, WIDTH)
-            writing = _vector(writes, 0, length, heads * WIDTH, columns, WIDTH)
+            writing = _vector(key, 0, length, key_heads * WIDTH, columns, WIDTH)
             v, value_gate, value_log, value_number, opening = _written(
                 tokens, 0, GATED, DECAYS > 0, PACKED, OPENED, VALUE_WIDTH
             )
+            if PAIRED:
+                tl.extra.cuda.gdc_wait()
+            tl.debug_barrier()
+            reading = _vector(reads, 0, length, heads * WIDTH, columns, WIDTH)
         else:
             reading, writing = tl.reshape(q, columns.shape), tl.reshape(k, columns.shape)
-        if MIXER:
-            weight = tl.load(norm_weight + value_rows, mask=value_inside, other=0.0).to(tl.float32)
-        for token in range(0, last + 1):
+        for token in range(0, value_updates):
             if SEVERAL:
                 next_reading = _vector(reads, token + 1, length, heads * WIDTH, columns, WIDTH)
-                next_writing = _vector(writes, token + 1, length, heads * WIDTH, columns, WIDTH)
+                next_writing = _vector(key, token + 1, length, key_heads * WIDTH, columns, WIDTH)
                 next_v, next_gate, next_log, next_number, next_opening = _written(
                     tokens, token + 1, GATED, DECAYS > 0, PACKED, OPENED, VALUE_WIDTH
                 )
             if GATED:
-                v = v * _opened(value_gate, input_gate, MIXER)
+                opened = _opened(value_gate, input_gate, MIXER)
+                v = v * opened
+                if SEVERAL:
+                    writing = writing * opened
             keep = 1.0
             if DECAYS > 0:
                 keep = tl.exp(_log_kept(value_log, decay_rate, decay_bias, MIXER))
@@ -780,7 +791,7 @@ PIPELINED_RIDGE = 0.01
 PREPARE_PROGRAMS = 4096
 PREPARE_WARPS = 4
 # From how many tokens of all heads on four tokens and more are solved together.
-TOGETHER_TOKENS = 1024
+TOGETHER_TOKENS = 512
 
 
 @on_own_device
@@ -918,8 +929,8 @@ def _launch(tokens, gates, numbers, valid, surroundings, states, outputs, heads,
     block, value_block = filled(width), filled(value.shape[-1])
     programs, widest = batch * heads, max(block, value_block)
     eager, piece = layout(length, programs, widest)
-    # What reads and what writes of every token; a single one keeps them in registers.
-    mixed = torch.empty(2, batch, length if length > 1 else 0, heads, width, dtype=torch.float32, device=query.device)
+    # What reads of every token; a single one keeps it in registers.
+    mixed = torch.empty(batch, length if length > 1 else 0, heads, width, dtype=torch.float32, device=query.device)
     constants = {
         "METHOD": method(solver),
         "SEVERAL": length > 1,
@@ -972,6 +983,6 @@ def _launch(tokens, gates, numbers, valid, surroundings, states, outputs, heads,
         # Part 2 runs beside part 1 and has its states loaded when that has solved.
         beside = {"PAIRED": True, "EAGER": True, "launch_pdl": True} if _may_overlap(query) else {}
         start((programs, length), PART=1, EVERY=False, PAIRED=bool(beside))
-        start((programs,), PART=2, EARLY=False, **beside)
+        start((programs, 2), PART=2, EARLY=False, **beside)
     else:
         start((programs,), PART=part)
