@@ -318,7 +318,7 @@ def solvers(result):
 
 def device_minutes(rows, result):
     """Minutes that rows held a device: their seconds over the processes that shared it."""
-    return sum(row["seconds"] for row in rows) * result["devices"] / result["processes"] / 60
+    return sum(row["seconds"] / row["processes"] for row in rows) * result["devices"] / 60
 
 
 def origin(name, result):
@@ -333,7 +333,8 @@ def cost():
     for name in (*(f"tasks_{name}" for name in tasks.STUDIES), *LANGUAGE):
         if (result := load(name)) is None:
             continue
-        runs = [*result["models"].values(), *result["variants"].values()] if name in LANGUAGE else done(result)
+        kinds = ("models", "halved", "variants")
+        runs = [row for k in kinds for row in result.get(k, {}).values()] if name in LANGUAGE else done(result)
         timed = [row for row in runs if "seconds" in row]
         if timed:
             minutes = device_minutes(timed, result)

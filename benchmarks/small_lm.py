@@ -363,11 +363,13 @@ def qualities(options, devices, workers):
     name = file_name(options.batch, options.output_start)
     result = continued(name, settings, options.output) or {**settings, "models": {}, "variants": {}}
     result.setdefault("halved", {})
-    result |= {"environment": environment(devices[0]), "processes": workers, "devices": len(devices)}
+    result |= {"environment": environment(devices[0]), "devices": len(devices)}
+    # Of each row, as later runs go on with the file.
+    origin = {"commit": result["environment"]["commit"], "processes": workers}
 
     def report(key, row):
         kind, label = key
-        result[kind][label] = row
+        result[kind][label] = row | origin
         print(label, {k: v for k, v in row.items() if k not in ("curve", "uncertainty")}, flush=True)
         write(name, result, options.output)
 

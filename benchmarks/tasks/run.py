@@ -194,7 +194,9 @@ def run_study(name, options, devices, workers, limit):
     settings = {"study": study_notes(STUDIES[name], study)}
     # Cells of other settings are no part of this study.
     result = continued(f"tasks_{name}", settings, options.output) or {**settings, "cells": {}}
-    result |= {"environment": environment(devices[0]), "devices": len(devices), "processes": workers}
+    result |= {"environment": environment(devices[0]), "devices": len(devices)}
+    # Of each cell, as later runs go on with the file.
+    origin = {"commit": result["environment"]["commit"], "processes": workers}
     wanted = [c for c in study.cells if not options.models or c.model in options.models]
     wanted = [c for c in wanted if "runs" not in result["cells"].get(c.key, {})]
 
@@ -202,7 +204,7 @@ def run_study(name, options, devices, workers, limit):
         # A process that failed as a whole tells so of the pack.
         cells = dict.fromkeys(keys, cells) if "failed" in cells else cells
         for key, cell in cells.items():
-            result["cells"][key] = cell
+            result["cells"][key] = cell | origin
             if "failed" in cell:
                 print(key, "failed:", cell["failed"].splitlines()[-1], flush=True)
             else:
