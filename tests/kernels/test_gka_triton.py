@@ -3,6 +3,9 @@
 Real sizes and dtypes: test_gka_triton_gpu.py.
 """
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from gka_inputs import (
@@ -17,6 +20,7 @@ from gka_inputs import (
 )
 
 from kalman_kernels import GKASolver, GKAState, Segments, gated_kalmanet_step
+from kalman_kernels.gka import MixerInputs, MixerOptions, gka_mixer_step
 
 triton_common = pytest.importorskip("kalman_kernels.gka.triton_common")
 triton_forward = pytest.importorskip("kalman_kernels.gka.triton_forward")
@@ -293,6 +297,37 @@ def test_registered_operators_are_well_formed():
     torch.library.opcheck(torch.ops.kalman_kernels.gka_triton_step.default, (*one, *arguments), test_utils=checks)
 
 
+def test_the_registered_mixer_step_is_well_formed_and_counts_versions():
+    heads, width, taps = 2, 16, 4
+    channels = heads * width
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    inputs = MixerInputs(
+        *(normal(1, 1, heads, width) for _ in range(3)),
+        *(normal(1, 1, heads) for _ in range(3)),
+        normal(1, 1, heads, width),
+        *(normal(1, channels, taps - 1) for _ in range(3)),
+        *(normal(channels, taps) for _ in range(3)),
+        normal(heads),
+        normal(heads),
+        normal(width),
+        torch.eye(width).expand(1, heads, width, width).clone(),
+        normal(1, heads, width, width),
+        None,
+    )
+    options = MixerOptions(True, True, True, width**-0.5, 1e-6)
+    torch.library.opcheck(torch.ops.kalman_kernels.gka_mixer_step.default, (*inputs, *CG, *options))
+    before = [t if t is None else t._version for t in inputs]
+    gka_mixer_step(inputs, CG, options)
+    changed = [n for n, t, v in zip(inputs._fields, inputs, before, strict=True) if t is not None and t._version != v]
+    assert changed == ["query_past", "key_past", "value_past", "key_gram", "value_key"]
+    with pytest.raises(NotImplementedError, match="no gradient"):
+        gka_mixer_step(inputs._replace(value=inputs.value.requires_grad_()), CG, options).sum().backward()
+
+
 @pytest.mark.parametrize("decay", [-50.0, -60.0, -70.0, -80.0, -86.0])
 def test_a_decay_that_forgets_nearly_everything(decay):
     """States and weights of 1e-30 and less neither overflow their scales nor spoil what is large beside them."""
@@ -318,3 +353,8 @@ def test_walks_keep_as_many_chunks_in_shared_memory_as_a_device_has_room_for(cap
     configs = [triton_common.plan(query.to(dtype), 128) for dtype in (torch.bfloat16, torch.float32)]
     found = [triton_common.launch_walk(config, "walk", query.device) for config in configs]
     assert found == [{"num_warps": 8, "num_stages": count} for count in stages]
+
+
+def test_a_module_that_is_loaded_again_defines_its_operators_again():
+    code = "import importlib; from kalman_kernels.gka import mixer; importlib.reload(mixer); print(mixer._mixer_step)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

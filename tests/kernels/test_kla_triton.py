@@ -153,6 +153,15 @@ def test_more_states_than_the_kernels_hold_are_named():
         call(inputs, implementation="triton")
 
 
+def test_a_backward_pass_through_a_step_is_refused():
+    *inputs, precision, information = (t.float() for t in make_inputs(1, **SMALL))
+    inputs[0].requires_grad_()
+    state = KLAState(precision.contiguous(), information.contiguous())
+    mean = kalman_linear_attention_step(*inputs, state=state, implementation="triton")[0]
+    with pytest.raises(NotImplementedError, match="no gradient"):
+        mean.sum().backward()
+
+
 @pytest.mark.parametrize("spread", [False, True])
 def test_registered_operators_are_well_formed(spread):
     inputs = [t.float().requires_grad_() for t in make_inputs(5, **SMALL)]

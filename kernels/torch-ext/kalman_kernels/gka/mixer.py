@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..dispatch import HAS_TRITON, NAMESPACE
+from ..dispatch import HAS_TRITON
+from ..registration import in_place_op
 from .limits import MAX_STEP, refusal
 from .reference import GKASolver
 
@@ -77,10 +78,7 @@ def gka_mixer_step(inputs: MixerInputs, solver: GKASolver, options: MixerOptions
     return _mixer_step(*inputs._replace(**read), *solver, *options)
 
 
-@torch.library.custom_op(
-    f"{NAMESPACE}::gka_mixer_step",
-    mutates_args=("query_past", "key_past", "value_past", "key_gram", "value_key"),
-)
+@in_place_op("gka_mixer_step", ("query_past", "key_past", "value_past", "key_gram", "value_key"))
 def _mixer_step(
     query: Tensor,
     key: Tensor,

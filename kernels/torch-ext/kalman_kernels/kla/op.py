@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import HAS_TRITON, NAMESPACE, Implementation, choose
+from ..registration import in_place_op
 from ..segments import Segments
 from .reference import KLAState, kalman_linear_attention_reference
 from .scan import Inputs, block_count, kla_chunked_backward, kla_chunked_forward
@@ -401,7 +402,7 @@ def _triton_backward(
     return kla_triton_backward(inputs, kept, d_mean, d_variance, d_precision, d_information, prior)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::kla_triton_step", mutates_args=("precision", "information"))
+@in_place_op("kla_triton_step", ("precision", "information"))
 def _triton_step(
     value: Tensor,
     value_precision: Tensor,
