@@ -15,6 +15,9 @@ from .reference import GKASolver
 __all__ = ["MixerInputs", "MixerOptions", "gka_mixer_step", "serves_mixer_step"]
 
 
+REPLACED = ("query_past", "key_past", "value_past", "key_gram", "value_key")
+
+
 class MixerInputs(NamedTuple):
     """Raw projections of a few tokens and the parameters of everything between them and the output projection."""
 
@@ -67,18 +70,18 @@ def gka_mixer_step(inputs: MixerInputs, solver: GKASolver, options: MixerOptions
     Raises:
         ValueError: a tensor that is replaced is not contiguous.
     """
-    replaced = ("query_past", "key_past", "value_past", "key_gram", "value_key")
-    for name in replaced:
-        tensor = getattr(inputs, name)
-        if tensor is not None and not tensor.is_contiguous():
+    strided = {n: t for n, t in zip(inputs._fields, inputs, strict=True) if t is not None and not t.is_contiguous()}
+    for name in REPLACED:
+        if name in strided:
             raise ValueError(
-                f"gka_mixer_step: `{name}` must be contiguous to be replaced, got strides {tensor.stride()}."
+                f"gka_mixer_step: `{name}` must be contiguous to be replaced, got strides {strided[name].stride()}."
             )
-    read = {n: t.contiguous() for n, t in inputs._asdict().items() if t is not None and n not in replaced}
-    return _mixer_step(*inputs._replace(**read), *solver, *options)
+    if strided:
+        inputs = inputs._replace(**{name: tensor.contiguous() for name, tensor in strided.items()})
+    return _mixer_step(*inputs, *solver, *options)
 
 
-@in_place_op("gka_mixer_step", ("query_past", "key_past", "value_past", "key_gram", "value_key"))
+@in_place_op("gka_mixer_step", REPLACED)
 def _mixer_step(
     query: Tensor,
     key: Tensor,
