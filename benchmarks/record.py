@@ -90,6 +90,12 @@ def continued(name, settings, folder=RESULTS):
     return found if all(found.get(key) == value for key, value in settings.items()) else {}
 
 
+def note_run(result, devices, workers):
+    """Note in a result what this run has; what its rows say of themselves, as later runs may go on with the file."""
+    result |= {"environment": environment(devices[0]), "devices": len(devices)}
+    return {"commit": result["environment"]["commit"], "processes": workers}
+
+
 def write(name, result, folder=RESULTS):
     """Write `result` to `<folder>/<name>.json`."""
     path = Path(folder) / f"{name}.json"

@@ -25,7 +25,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from record import RESULTS, continued, drawing, environment, timed, write
+from record import RESULTS, continued, drawing, environment, note_run, timed, write
 from registry import HEAD, MIXERS, TaskModel, start_outputs, weight_decay_groups, without_tuning
 from token_uncertainty import by_entropy, correlation, joined, token_columns
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -363,13 +363,11 @@ def qualities(options, devices, workers):
     name = file_name(options.batch, options.output_start)
     result = continued(name, settings, options.output) or {**settings, "models": {}, "variants": {}}
     result.setdefault("halved", {})
-    result |= {"environment": environment(devices[0]), "devices": len(devices)}
-    # Of each row, as later runs go on with the file.
-    origin = {"commit": result["environment"]["commit"], "processes": workers}
+    noted = note_run(result, devices, workers)
 
     def report(key, row):
         kind, label = key
-        result[kind][label] = row | origin
+        result[kind][label] = row | noted
         print(label, {k: v for k, v in row.items() if k not in ("curve", "uncertainty")}, flush=True)
         write(name, result, options.output)
 

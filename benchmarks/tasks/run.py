@@ -24,7 +24,7 @@ import torch
 # Each stream a hardware queue of its own: eight, the driver's default, run one after the other.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-from record import RESULTS, continued, drawing, environment, write  # noqa: E402
+from record import RESULTS, continued, drawing, note_run, write  # noqa: E402
 from registry import MIXERS, MODELS, OURS, Cell, Size  # noqa: E402
 from runner import run_all, run_cells  # noqa: E402
 from sequences import Mad, Recall, Word  # noqa: E402
@@ -194,9 +194,7 @@ def run_study(name, options, devices, workers, limit):
     settings = {"study": study_notes(STUDIES[name], study)}
     # Cells of other settings are no part of this study.
     result = continued(f"tasks_{name}", settings, options.output) or {**settings, "cells": {}}
-    result |= {"environment": environment(devices[0]), "devices": len(devices)}
-    # Of each cell, as later runs go on with the file.
-    origin = {"commit": result["environment"]["commit"], "processes": workers}
+    noted = note_run(result, devices, workers)
     wanted = [c for c in study.cells if not options.models or c.model in options.models]
     wanted = [c for c in wanted if "runs" not in result["cells"].get(c.key, {})]
 
@@ -204,7 +202,7 @@ def run_study(name, options, devices, workers, limit):
         # A process that failed as a whole tells so of the pack.
         cells = dict.fromkeys(keys, cells) if "failed" in cells else cells
         for key, cell in cells.items():
-            result["cells"][key] = cell | origin
+            result["cells"][key] = cell | noted
             if "failed" in cell:
                 print(key, "failed:", cell["failed"].splitlines()[-1], flush=True)
             else:

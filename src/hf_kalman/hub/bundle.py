@@ -35,8 +35,8 @@ FILES = {
     ],
     "ops_hf_kalman": [
         "kalman_kernels.dispatch",
+        "kalman_kernels.in_place",
         "kalman_kernels.numerics",
-        "kalman_kernels.registration",
         "kalman_kernels.segments",
         "kalman_kernels.norm.op",
         "kalman_kernels.conv.reference",

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from ..dispatch import HAS_TRITON
-from ..registration import in_place_op
+from ..in_place import in_place_op
 from .limits import MAX_STEP, refusal
 from .reference import GKASolver
 
 __all__ = ["MixerInputs", "MixerOptions", "gka_mixer_step", "serves_mixer_step"]
 
-
+# Tensors that a step replaces.
 REPLACED = ("query_past", "key_past", "value_past", "key_gram", "value_key")
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import HAS_TRITON, NAMESPACE, Implementation, choose
-from ..registration import in_place_op
+from ..in_place import in_place_op
 from ..segments import Segments
 from .reference import KLAState, kalman_linear_attention_reference
 from .scan import Inputs, block_count, kla_chunked_backward, kla_chunked_forward
