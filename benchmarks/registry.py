@@ -272,6 +272,7 @@ class Size:
     steps: int = 3000
     rates: tuple = (1e-3, 3e-3, 1e-2)
     seeds: int = 3
+    autocast: bool = True
     fields: dict = field(default_factory=dict)
 
 

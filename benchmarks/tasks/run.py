@@ -1,7 +1,9 @@
 """Recall, state tracking and the MAD suite: GKA and KLA beside softmax attention and flash-linear-attention's layers.
 
     pip install flash-linear-attention==0.6.0 einops
-    python benchmarks/tasks/run.py mqar|words|long-words|mad|ablations|iterations|all [--models gka ...] [--limit 600]
+    python benchmarks/tasks/run.py STUDY [--models gka ...] [--limit 600]
+
+STUDY is mqar, words, two-blocks, s5, long-words, mad, ablations, iterations or all.
 
 On GPUs (all that are visible) many models train at once, see `runner.py`; processes of one GPU take turns unless CUDA's
 multi-process service runs (`nvidia-cuda-mps-control -d`; some ten processes). Results: `results/tasks_<study>.json`,
@@ -78,9 +80,17 @@ LABELS = (*MIXERS, LOCAL)
 WORDS = ("kla", "gka", LOCAL, "attention", "mamba2", "gated_delta_net", "delta_product")
 
 
+LONGER = 256
+
+
+def tracked(group, length):
+    """Trained on words of `length`; the accuracy at each position of those and of longer ones."""
+    return Task(Word(group, length), {"whole": Word(group, length), "longer": Word(group, LONGER)}, by_position=True)
+
+
 def _words(length, steps, batch, depths, models, groups, rates, seeds=2):
     sizes = [Size(layers=n, mlp=256, batch=batch, steps=steps, rates=rates, seeds=seeds) for n in depths]
-    tasks = {g: Task(Word(g, length), {"whole": Word(g, length)}, by_position=True) for g in groups}
+    tasks = {g: tracked(g, length) for g in groups}
     cells = tuple(
         Cell("gka", g, replace(size, fields={"use_local_values": True}), LOCAL)
         if model == LOCAL
@@ -97,9 +107,36 @@ def words():
     return _words(16, 8000, 512, (2, 1, 3, 4), WORDS, ("A5",), (1e-3, 3e-3))
 
 
+def two_blocks():
+    """A5, words of 16, two blocks: what changes how far KLA comes, and all with four times the steps."""
+    size = Size(layers=2, mlp=256, batch=512, steps=8000, rates=(3e-3,), seeds=2)
+    variants = {
+        "as in the table": {},
+        "in float32": {"autocast": False},
+        "rate 0.01": {"rates": (1e-2,)},
+        "zero-order hold": {"fields": {"discretization": "zoh"}},
+        "no process noise": {"fields": {"process_noise": "none"}},
+        "state 64": {"fields": {"linear_state_size": 64}},
+        "language-model block": {"fields": {"value_rank": "conv", "variance_rank": 16}},
+    }
+    cells = [Cell("kla", "A5", replace(size, **changes), f"kla: {name}") for name, changes in variants.items()]
+    # Each at the rate that is best for it with fewer steps.
+    rates = {"kla": 3e-3, "mamba2": 3e-3, "attention": 3e-3, "gated_delta_net": 1e-3, "delta_product": 3e-3}
+    longer = [
+        Cell(model, "A5", replace(size, steps=32000, rates=(rate,)), f"{model}: four times the steps")
+        for model, rate in rates.items()
+    ]
+    return Study((*longer, *cells), {"A5": tracked("A5", 16)}, 2**19, 2048)
+
+
+def s5():
+    """S5, words of 16 elements, 4 blocks."""
+    return _words(16, 8000, 512, (4,), ("kla", "attention", "mamba2", "delta_product"), ("S5",), (1e-3, 3e-3))
+
+
 def long_words():
-    """A5 and S5, words of 256 elements, 2 and 4 blocks."""
-    return _words(256, 8000, 64, (2, 4), ("kla", "delta_product"), ("A5", "S5"), (1e-3, 3e-3))
+    """A5, words of 256 elements, 4 blocks."""
+    return _words(256, 8000, 64, (4,), ("kla", "attention", "mamba2", "delta_product"), ("A5",), (1e-3, 3e-3))
 
 
 def mad():
@@ -122,8 +159,8 @@ def ablations():
         ("gka", "with all four"): dict.fromkeys(BARE["gka"], True),
         **{("gka", f"ridge ratio {r}"): {"ridge_ratio": r} for r in (0.005, 0.01, 0.05, 0.1)},
         **{("gka", f"constant ridge {r:g}"): {"constant_ridge": r} for r in (1.0, 0.1)},
-        **{("gka", f"{n} iterations"): {"solver_iterations": n} for n in (0, 1, 2, 5, 10)},
-        ("gka", "30 Chebyshev iterations"): {"solver": "chebyshev", "solver_iterations": 30},
+        # Other numbers of iterations: `iterations`.
+        ("gka", "0 iterations"): {"solver_iterations": 0},
         ("kla", "zero-order hold"): {"discretization": "zoh"},
         ("kla", "no process noise"): {"process_noise": "none"},
         **{("kla", f"state {n}"): {"linear_state_size": n} for n in (4, 8, 32, 64)},
@@ -163,6 +200,8 @@ def iterations():
 STUDIES = {
     "mqar": mqar,
     "words": words,
+    "two-blocks": two_blocks,
+    "s5": s5,
     "long-words": long_words,
     "mad": mad,
     "ablations": ablations,
@@ -207,7 +246,7 @@ def run_study(name, options, devices, workers, limit):
                 print(key, "failed:", cell["failed"].splitlines()[-1], flush=True)
             else:
                 tests = {n: [run["tests"][n] for run in cell["runs"]] for n in cell["runs"][0]["tests"]}
-                brief = {n: v[0][-1] if isinstance(v[0], list) else v for n, v in tests.items()}
+                brief = {n: [sum(x) / len(x) for x in v] if isinstance(v[0], list) else v for n, v in tests.items()}
                 print(key, cell["rate"], brief, cell["seconds"], "s", flush=True)
         write(f"tasks_{name}", result, options.output)
 
@@ -217,9 +256,13 @@ def run_study(name, options, devices, workers, limit):
 
 
 def packs(cells, size):
-    """Cells in their order in groups of `size`, each of one task."""
-    tasks = dict.fromkeys(cell.task for cell in cells)
-    for own in ([cell for cell in cells if cell.task == task] for task in tasks):
+    """Cells in their order in groups of `size`, each of one task and number of steps."""
+
+    def kind(cell):
+        return cell.task, cell.size.steps
+
+    kinds = dict.fromkeys(map(kind, cells))
+    for own in ([cell for cell in cells if kind(cell) == wanted] for wanted in kinds):
         yield from (tuple(own[start : start + size]) for start in range(0, len(own), size))
 
 
@@ -270,12 +313,13 @@ def draw(result, folder, name):
 def study_notes(maker, study):
     """What a reader of the JSON must know of the study, and what tells whether an older file belongs to it."""
     size = study.cells[0].size
+    steps = sorted({cell.size.steps for cell in study.cells})
     return {
         "what": maker.__doc__,
         "training": {name: repr(task.training) for name, task in study.tasks.items()},
         "examples": study.examples,
         "batch": size.batch,
-        "steps": size.steps,
+        "steps": steps[0] if len(steps) == 1 else steps,
         "mlp": size.mlp,
         "search": f"{size.seeds} seeds at each rate of {', '.join(f'{r:g}' for r in size.rates)}; the best mean",
     }

@@ -44,6 +44,10 @@ class Training:
         self.graph, self.curve = None, []
         self.loss = torch.zeros((), device=device)
 
+    def _precision(self):
+        enabled = self.cell.size.autocast
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
+
     def _step(self):
         size, data = self.cell.size, self.data
         rows = self.order[(self.counter * size.batch + self.offsets) % len(self.order)]
@@ -52,7 +56,7 @@ class Training:
         progress = self.counter / size.steps
         schedule = (progress / WARM).clamp(max=1) * (0.05 + 0.475 * (1 + (math.pi * progress).cos()))
         self.lr.copy_(self.rate * schedule)
-        with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):
+        with self._precision():
             logits = self.model(tokens, positions)
         loss = F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), ignore_index=IGNORED)
         loss.backward()
@@ -92,7 +96,7 @@ class Training:
         rows = max(1, 65536 // test.inputs.shape[1])
         for start in range(0, len(test.inputs), rows):
             tokens, targets, positions = (None if t is None else t[start : start + rows].long() for t in test)
-            with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):
+            with self._precision():
                 found = self.model(tokens, positions).argmax(-1)
             right = right + ((found == targets) & (targets != IGNORED)).sum(0)
             asked = asked + (targets != IGNORED).sum(0)
@@ -179,6 +183,8 @@ def _summary(runs, tests, by_position, at_inference):
         "task": cell.task,
         "width": size.width,
         "layers": size.layers,
+        "steps": size.steps,
+        "autocast": size.autocast,
         "fields": size.fields,
         "parameters": sum(p.numel() for p in runs[0].model.parameters()),
         "rates": reached,

@@ -13,6 +13,17 @@ SHAPES = {
     "bare": {"use_value_conv": False, "use_output_gate": False, "use_solution_mix": False, "decay_key_gram": False},
     "two taps": {"linear_conv_kernel_dim": 2},
     "five taps": {"linear_conv_kernel_dim": 5, "use_local_values": True},
+    # What is convolved belongs to one head each: a single token takes one launch.
+    "own heads": {"linear_num_key_heads": 4, "linear_num_value_heads": 4},
+    "own heads, converted": {
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 4,
+        "use_local_values": True,
+        "value_activation": "identity",
+        "key_activation": "identity",
+        "linear_conv_kernel_dim": 3,
+    },
+    "own heads, shared values": {"linear_num_key_heads": 4, "use_value_conv": False, "use_output_gate": False},
     "wide keys": {"use_decay": False, "use_input_gate": False, "linear_num_query_heads": 2, "linear_num_key_heads": 4},
 }
 
@@ -58,6 +69,18 @@ def test_fused_step_is_the_layer(shape, dtype, bound, crowded, gpu, monkeypatch)
     expected = continued(model, "torch", ids, mask)
     found = continued(model, "triton", ids, mask)
     assert ((found - expected).norm() / expected.norm()).item() <= bound
+
+
+def test_heads_that_share_nothing_take_one_launch(monkeypatch):
+    launched = []
+    start = triton_step._launch
+    monkeypatch.setattr(triton_step, "_launch", lambda *a: (launched.append(a[-1]["CONVOLVES"]), start(*a))[1])
+    for shape in SHAPES:
+        model = tiny_model(["linear_attention"], **SHAPES[shape]).to(DEVICE)
+        ids = tokens(2, 9).to(DEVICE)
+        launched.clear()
+        continued(model, "triton", ids, torch.ones_like(ids))
+        assert launched[:3] == [shape.startswith("own heads")] * 3 and not any(launched[3:])
 
 
 def test_gradients_through_a_step_are_not_lost():

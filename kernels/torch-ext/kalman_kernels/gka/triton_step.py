@@ -23,6 +23,8 @@ __all__ = ["gka_triton_mixer_step", "gka_triton_step"]
 # Where the blocks of columns stand among the axes of a state (rows, PIECE columns): with these, each compiler lays
 # rows over the lanes of a warp, and a sum over columns hardly leaves a thread.
 BLOCK_AXIS = tl.constexpr(1 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) else 0)
+# Numbers of a state that memory gives together.
+LINE = tl.constexpr(16)
 # Rows of several tokens that are solved together: the least that matrix units take.
 ROOM = tl.constexpr(16)
 
@@ -57,6 +59,26 @@ def _state(pointer, rows, inside, columns, WIDTH: tl.constexpr):
     """A state, where its elements stand and which of them are there."""
     offset, mask = _tile(rows, inside, columns, WIDTH)
     return tl.load(pointer + offset, mask=mask, other=0.0), offset, mask
+
+
+@triton.jit
+def _transposed(state, PIECE: tl.constexpr):
+    """A square state with rows and columns exchanged, in the same form."""
+    blocks: tl.constexpr = state.shape[1 - BLOCK_AXIS] // PIECE
+    if BLOCK_AXIS == 0:
+        state = tl.permute(state, (1, 0, 2))
+    state = tl.reshape(state, (blocks * PIECE, blocks * PIECE))
+    state = tl.reshape(tl.trans(state), (blocks * PIECE, blocks, PIECE))
+    return tl.permute(state, (1, 0, 2)) if BLOCK_AXIS == 0 else state
+
+
+@triton.jit
+def _symmetric(pointer, rows, inside, columns, WIDTH: tl.constexpr, PIECE: tl.constexpr):
+    """As `_state`, of a symmetric one: read are its lower triangle and what shares 64 bytes with it."""
+    offset, mask = _tile(rows, inside, columns, WIDTH)
+    near = _along(columns // LINE) <= _wide(rows // LINE)
+    state = tl.load(pointer + offset, mask=mask & near, other=0.0)
+    return tl.where(_along(columns) <= _wide(rows), state, _transposed(state, PIECE)), offset, mask
 
 
 @triton.jit
@@ -161,6 +183,40 @@ def _round(x, pointer):
 @triton.jit
 def _sigmoid(x, pointer):
     return _round(1.0 / (1.0 + tl.exp(-x)), pointer)
+
+
+@triton.jit
+def _finished(x, pointer, SILU: tl.constexpr, UNIT: tl.constexpr):
+    """What becomes of a convolved vector: SiLU and unit norm where asked for, rounded like the separate operators."""
+    x = _round(x, pointer)
+    if SILU:
+        x = _round(_silu(x), pointer)
+    if UNIT:
+        x = _unit(x)
+    return x
+
+
+@triton.jit
+def _window(raw, past, inside, lines, slot, TAPS: tl.constexpr):
+    """What a single token sees, (BLOCK, SLOTS): TAPS - 1 of the past, then itself; pointers at a head's channels."""
+    before = inside[:, None] & (slot < TAPS - 1)[None, :]
+    window = tl.load(past + lines[:, None] * (TAPS - 1) + slot[None, :], mask=before, other=0.0).to(tl.float32)
+    fresh = tl.load(raw + lines[:, None], mask=inside[:, None], other=0.0).to(tl.float32)
+    return tl.where((slot == TAPS - 1)[None, :], fresh, window)
+
+
+@triton.jit
+def _weights(taps, inside, lines, slot, TAPS: tl.constexpr):
+    """A head's taps, (BLOCK, SLOTS)."""
+    there = inside[:, None] & (slot < TAPS)[None, :]
+    return tl.load(taps + lines[:, None] * TAPS + slot[None, :], mask=there, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _move_on(past, window, inside, lines, slot, reach, TAPS: tl.constexpr):
+    """The context after a token is what it saw, one place on; nothing with a `reach` of 0."""
+    kept = inside[:, None] & ((slot > 0) & (slot < reach))[None, :]
+    tl.store(past + lines[:, None] * (TAPS - 1) + slot[None, :] - 1, window.to(past.dtype.element_ty), mask=kept)
 
 
 @triton.jit
@@ -350,6 +406,12 @@ def step_kernel(
     output_gate,
     numbers,
     valid,
+    query_past,
+    key_past,
+    value_past,
+    query_taps,
+    key_taps,
+    value_taps,
     decay_rate,
     decay_bias,
     norm_weight,
@@ -377,9 +439,16 @@ def step_kernel(
     PIPELINED: tl.constexpr,
     EAGER: tl.constexpr,
     PIECE: tl.constexpr,
+    MIRRORED: tl.constexpr,
     EARLY: tl.constexpr,
     PAIRED: tl.constexpr,
     MIXER: tl.constexpr,
+    CONVOLVES: tl.constexpr,
+    KEY_SILU: tl.constexpr,
+    VALUE_CONV: tl.constexpr,
+    VALUE_SILU: tl.constexpr,
+    TAPS: tl.constexpr,
+    SLOTS: tl.constexpr,
     DECAYS: tl.constexpr,
     GATED: tl.constexpr,
     MIXED: tl.constexpr,
@@ -399,7 +468,9 @@ def step_kernel(
     before, one program for each state (second axis: value state and outputs, Gram state); 3 all of it, tokens solved
     together. EARLY: the kernel before may still run until tokens are read.
     SEVERAL: more than one token. EAGER: both states are loaded at once. PIECE: columns of a state side by side, over
-    neighbouring threads. PAIRED: parts 1 and 2 run at the same time, 2 waits for the solves. PADDED: a single token.
+    neighbouring threads. MIRRORED: of the Gram matrix hardly more than the lower triangle is read. PAIRED: parts 1 and
+    2 run at the same time, 2 waits for the solves. PADDED: a single token. CONVOLVES: queries, keys and values are raw;
+    what `prepare_kernel` does is done here, for a single token of heads that share nothing that is convolved.
     """
     TOGETHER: tl.constexpr = PART == 3
     line = long(tl.program_id(0))
@@ -421,11 +492,31 @@ def step_kernel(
     query_head = head // (heads // query_heads)
     key_head, value_head = head // (heads // key_heads), head // (heads // value_heads)
     gram_at, value_at = gram_in + line * WIDTH * WIDTH, value_key_in + line * VALUE_WIDTH * WIDTH
+    if CONVOLVES:
+        if EARLY:
+            # For whatever was before: it may have written all that is read here.
+            tl.extra.cuda.gdc_wait()
+        slot = tl.arange(0, SLOTS)
+        query_past += (batch * query_heads + query_head) * WIDTH * (TAPS - 1)
+        key_past += (batch * key_heads + key_head) * WIDTH * (TAPS - 1)
+        value_past += (batch * value_heads + value_head) * VALUE_WIDTH * (TAPS - 1)
+        raw_query = query + (batch * query_heads + query_head) * WIDTH
+        raw_key = key + (batch * key_heads + key_head) * WIDTH
+        raw_value = value + (batch * value_heads + value_head) * VALUE_WIDTH
+        seen_query = _window(raw_query, query_past, inside, rows, slot, TAPS)
+        seen_key = _window(raw_key, key_past, inside, rows, slot, TAPS)
+        query_weights = _weights(query_taps + query_head * WIDTH * TAPS, inside, rows, slot, TAPS)
+        key_weights = _weights(key_taps + key_head * WIDTH * TAPS, inside, rows, slot, TAPS)
+        if VALUE_CONV:
+            seen_value = _window(raw_value, value_past, value_inside, value_rows, slot, TAPS)
+            value_weights = _weights(value_taps + value_head * VALUE_WIDTH * TAPS, value_inside, value_rows, slot, TAPS)
     if TOGETHER:
         # Rows and columns alone: nothing is summed over either before the products of matrices.
         offset = rows[:, None] * WIDTH + rows[None, :]
         mask = inside[:, None] & inside[None, :]
         gram = tl.load(gram_at + offset, mask=mask, other=0.0)
+    elif MIRRORED:
+        gram, offset, mask = _symmetric(gram_at, rows, inside, columns, WIDTH, PIECE)
     else:
         gram, offset, mask = _state(gram_at, rows, inside, columns, WIDTH)
     if EAGER & (PART != 1):
@@ -434,7 +525,7 @@ def step_kernel(
         unit, inverse = power_of_two(tl.max(tl.abs(gram)))
         operand = (gram * (inverse * 16384.0)).to(tl.float16)
         unit = unit * (1.0 / 16384.0)
-    if EARLY:
+    if EARLY & (not CONVOLVES):
         tl.extra.cuda.gdc_wait()
     if PAIRED & (PART == 1):
         tl.extra.cuda.gdc_launch_dependents()
@@ -457,7 +548,8 @@ def step_kernel(
         there = tl.load(valid + first) != 0
     of_gram = key_log_decay if DECAYS == 2 else log_decay
     DECAYED: tl.constexpr = (DECAYS == 1) | (DECAYS == 2)
-    k = _vector(key, 0, length, key_heads * WIDTH, rows, WIDTH)
+    if not CONVOLVES:
+        k = _vector(key, 0, length, key_heads * WIDTH, rows, WIDTH)
     gate, log, number = _scalars(input_gate, of_gram, numbers, 0, length, heads, GATED, DECAYED, PACKED)
     q = tl.zeros([BLOCK], tl.float32)
     OPENED: tl.constexpr = MIXER & OUTPUT_GATED
@@ -467,6 +559,22 @@ def step_kernel(
         v, value_gate, value_log, value_number, opening = _written(
             tokens, 0, GATED, DECAYS > 0, PACKED, OPENED, VALUE_WIDTH
         )
+    if CONVOLVES:
+        q = _round(_finished(tl.sum(seen_query * query_weights, 1), query, KEY_SILU, True), query)
+        k = _round(_finished(tl.sum(seen_key * key_weights, 1), key, KEY_SILU, True), key)
+        if VALUE_CONV:
+            v = tl.sum(seen_value * value_weights, 1)
+        v = _finished(v, value, VALUE_SILU, False)
+        reach = TAPS
+        if PADDED:
+            # A token that is padding does not move the window: as if there were none.
+            reach = tl.where(there, TAPS, 0)
+        # All has been read that is replaced now.
+        tl.debug_barrier()
+        _move_on(query_past, seen_query, inside, rows, slot, reach, TAPS)
+        _move_on(key_past, seen_key, inside, rows, slot, reach, TAPS)
+        if VALUE_CONV:
+            _move_on(value_past, seen_value, value_inside, value_rows, slot, reach, TAPS)
     for token in range(0, updates):
         if SEVERAL:
             # The next token is under way.
@@ -474,7 +582,7 @@ def step_kernel(
             next_gate, next_log, next_number = _scalars(
                 input_gate, of_gram, numbers, token + 1, length, heads, GATED, DECAYED, PACKED
             )
-        if PART < 2:
+        if (PART < 2) & (not CONVOLVES):
             q = _vector(query, token, length, query_heads * WIDTH, rows, WIDTH)
         if GATED:
             k = k * _opened(gate, input_gate, MIXER)
@@ -730,48 +838,41 @@ def _prepare(
     BLOCK: tl.constexpr,
 ):
     channels = heads * WIDTH
-    lines = tl.arange(0, BLOCK)
+    lines, slot = tl.arange(0, BLOCK), tl.arange(0, SLOTS)
     inside = lines < WIDTH
-    channel = head * WIDTH + lines
-    raw += long(first) * length * channels
-    ready += long(first) * length * channels
-    past += long(first) * channels * (TAPS - 1)
+    # From here on pointers are at the first channel of the head.
+    raw += long(first) * length * channels + head * WIDTH
+    ready += long(first) * length * channels + head * WIDTH
+    past += (long(first) * channels + head * WIDTH) * (TAPS - 1)
     if CONV:
+        weights = _weights(taps + head * WIDTH * TAPS, inside, lines, slot, TAPS)
         # Taps and tokens in one tile: what the last token sees, one place on, is the context after it.
-        slot = tl.arange(0, SLOTS)
-        there = inside[:, None] & (slot < TAPS)[None, :]
-        weights = tl.load(taps + channel[:, None] * TAPS + slot[None, :], mask=there, other=0.0).to(tl.float32)
-        held = channel[:, None] * (TAPS - 1) + slot[None, :]
         window = tl.zeros([BLOCK, SLOTS], tl.float32)
     for row in range(first, last):
         for token in range(0, length if SEVERAL else 1):
             if CONV:
-                source = token - (TAPS - 1) + slot
-                before, here = there & (source < 0)[None, :], there & (source >= 0)[None, :]
-                window = tl.load(past + held + token, mask=before, other=0.0).to(tl.float32)
                 if SEVERAL:
-                    sources = raw + source[None, :] * channels + channel[:, None]
+                    source = token - (TAPS - 1) + slot
+                    there = inside[:, None] & (slot < TAPS)[None, :]
+                    before, here = there & (source < 0)[None, :], there & (source >= 0)[None, :]
+                    held = lines[:, None] * (TAPS - 1) + slot[None, :]
+                    window = tl.load(past + held + token, mask=before, other=0.0).to(tl.float32)
+                    sources = raw + source[None, :] * channels + lines[:, None]
                     window += tl.load(sources, mask=here, other=0.0).to(tl.float32)
                 else:
-                    fresh = tl.load(raw + channel[:, None], mask=inside[:, None], other=0.0).to(tl.float32)
-                    window = tl.where((slot == TAPS - 1)[None, :], fresh, window)
+                    window = _window(raw, past, inside, lines, slot, TAPS)
                 x = tl.sum(window * weights, 1)
             else:
-                x = tl.load(raw + token * channels + channel, mask=inside, other=0.0).to(tl.float32)
-            x = _round(x, raw)
-            if SILU:
-                x = _round(_silu(x), raw)
-            if UNIT:
-                x = _unit(x)
-            tl.store(ready + token * channels + channel, x.to(ready.dtype.element_ty), mask=inside)
+                x = tl.load(raw + token * channels + lines, mask=inside, other=0.0).to(tl.float32)
+            x = _finished(x, raw, SILU, UNIT)
+            tl.store(ready + token * channels + lines, x.to(ready.dtype.element_ty), mask=inside)
         if CONV:
             reach = TAPS
             if PADDED:
                 # A token that is padding does not move the window: as if there were none.
                 reach = tl.where(tl.load(valid + row) != 0, TAPS, 0)
-            kept = inside[:, None] & ((slot > 0) & (slot < reach))[None, :]
             tl.debug_barrier()
-            tl.store(past + held - 1, window.to(past.dtype.element_ty), mask=kept)
+            _move_on(past, window, inside, lines, slot, reach, TAPS)
         raw += length * channels
         ready += length * channels
         past += channels * (TAPS - 1)
@@ -792,6 +893,16 @@ PREPARE_PROGRAMS = 4096
 PREPARE_WARPS = 4
 # From how many tokens of all heads on four tokens and more are solved together.
 TOGETHER_TOKENS = 512
+# A step of the operator alone.
+BARE = {
+    "MIXER": False,
+    "CONVOLVES": False,
+    "TAPS": 1,
+    "SLOTS": 1,
+    "KEY_SILU": False,
+    "VALUE_CONV": False,
+    "VALUE_SILU": False,
+}
 
 
 @on_own_device
@@ -815,21 +926,21 @@ def gka_triton_step(
         (inputs.log_decay, inputs.key_log_decay, inputs.solution_mix, inputs.input_gate, None),
         inputs.numbers,
         None,
-        (none,) * 3,
+        (none,) * 9,
         (*state, *after, *trail),
         outputs,
         heads,
         solver,
         scale,
         0.0,
-        {"MIXER": False, "DECAYS": decay_count(inputs), "EVERY": every, "EARLY": False},
+        {"DECAYS": decay_count(inputs), "EVERY": every, "EARLY": False, **BARE},
     )
     return outputs, *after, *trail
 
 
 @on_own_device
 def gka_triton_mixer_step(inputs: MixerInputs, solver: GKASolver, options: MixerOptions) -> Tensor:
-    """RMSNorm(GKA(conv(q), conv(k), conv(v))) * SiLU(gate) for a few tokens, (B, T, H, Dv), in two launches or three.
+    """RMSNorm(GKA(conv(q), conv(k), conv(v))) * SiLU(gate) for a few tokens, (B, T, H, Dv), in one to three launches.
 
     Convolution contexts and states are replaced in place. Everything is rounded to the dtype of the projections where
     the layer's separate operators round it.
@@ -839,49 +950,57 @@ def gka_triton_mixer_step(inputs: MixerInputs, solver: GKASolver, options: Mixer
     heads = inputs.key_gram.shape[1]
     outputs = inputs.query.new_empty(batch, length, heads, value_width)
     none = inputs.query
-    taps, block, value_block = inputs.query_taps.shape[1], filled(width), filled(value_width)
-    with_value = inputs.value_taps is not None or options.value_silu
+
+    def present(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+        return tuple(none if t is None else t for t in tensors)
+
+    taps, early = inputs.query_taps.shape[1], _may_overlap(none)
+    convolution = {
+        "TAPS": taps,
+        "SLOTS": triton.next_power_of_2(taps),
+        "KEY_SILU": options.key_silu,
+        "VALUE_CONV": inputs.value_taps is not None,
+        "VALUE_SILU": options.value_silu,
+    }
     raw = (inputs.query, inputs.key, inputs.value)
-    ready = (*(torch.empty_like(t) for t in raw[:2]), torch.empty_like(raw[2]) if with_value else raw[2])
-    early = _may_overlap(none)
-    every_head = query_heads + key_heads + (value_heads if with_value else 0)
-    share = triton.cdiv(batch * every_head, PREPARE_PROGRAMS)
-    prepare_kernel[(triton.cdiv(batch, share), every_head)](
-        *raw,
-        inputs.query_past,
-        inputs.key_past,
-        none if inputs.value_past is None else inputs.value_past,
-        inputs.query_taps,
-        inputs.key_taps,
-        none if inputs.value_taps is None else inputs.value_taps,
-        none if inputs.valid is None else inputs.valid,
-        *ready,
-        batch,
-        share,
-        length,
-        query_heads,
-        key_heads,
-        value_heads,
-        PADDED=inputs.valid is not None,
-        SEVERAL=length > 1,
-        TAPS=taps,
-        SLOTS=triton.next_power_of_2(taps),
-        KEY_SILU=options.key_silu,
-        VALUE_CONV=inputs.value_taps is not None,
-        VALUE_SILU=options.value_silu,
-        WIDTH=width,
-        VALUE_WIDTH=value_width,
-        BLOCK=block,
-        VALUE_BLOCK=value_block,
-        num_warps=PREPARE_WARPS,
-        **_overlap(early),
-    )
+    pasts = present(inputs.query_past, inputs.key_past, inputs.value_past)
+    weights = present(inputs.query_taps, inputs.key_taps, inputs.value_taps)
+    convolved = (query_heads, key_heads, *((value_heads,) if convolution["VALUE_CONV"] else ()))
+    alone = convolves(length, heads, convolved)
+    ready = raw
+    if not alone:
+        with_value = convolution["VALUE_CONV"] or options.value_silu
+        ready = (*(torch.empty_like(t) for t in raw[:2]), torch.empty_like(raw[2]) if with_value else raw[2])
+        every_head = query_heads + key_heads + (value_heads if with_value else 0)
+        share = triton.cdiv(batch * every_head, PREPARE_PROGRAMS)
+        prepare_kernel[(triton.cdiv(batch, share), every_head)](
+            *raw,
+            *pasts,
+            *weights,
+            *present(inputs.valid),
+            *ready,
+            batch,
+            share,
+            length,
+            query_heads,
+            key_heads,
+            value_heads,
+            PADDED=inputs.valid is not None,
+            SEVERAL=length > 1,
+            WIDTH=width,
+            VALUE_WIDTH=value_width,
+            BLOCK=filled(width),
+            VALUE_BLOCK=filled(value_width),
+            num_warps=PREPARE_WARPS,
+            **convolution,
+            **_overlap(early),
+        )
     _launch(
         ready,
         (inputs.decay_step, None, inputs.solution_mix, inputs.input_gate, inputs.output_gate),
         None,
         inputs.valid,
-        (*(none if t is None else t for t in (inputs.decay_rate, inputs.decay_bias)), inputs.norm_weight),
+        (*pasts, *weights, *present(inputs.decay_rate, inputs.decay_bias), inputs.norm_weight),
         (inputs.key_gram, inputs.value_key, inputs.key_gram, inputs.value_key, none, none),
         outputs,
         heads,
@@ -889,7 +1008,10 @@ def gka_triton_mixer_step(inputs: MixerInputs, solver: GKASolver, options: Mixer
         options.scale,
         options.eps,
         {
+            **BARE,
+            **(convolution if alone else {}),
             "MIXER": True,
+            "CONVOLVES": alone,
             "DECAYS": 0 if inputs.decay_step is None else 1 if options.decay_gram else 3,
             "EVERY": False,
             "EARLY": early,
@@ -917,10 +1039,16 @@ def first_part(length: int, programs: int, dtype: torch.dtype) -> int:
     return 3 if dtype != torch.float32 and length > 3 and length * programs >= TOGETHER_TOKENS else 0
 
 
-def layout(length: int, programs: int, widest: int) -> tuple[bool, int]:
-    """`step_kernel`'s EAGER, which comes with twice the warps, and PIECE for the tokens of `programs` heads."""
+def convolves(length: int, heads: int, convolved: tuple[int, ...]) -> bool:
+    """`step_kernel`'s CONVOLVES: a context that several heads read has to be replaced by a launch of its own."""
+    return length == 1 and all(count == heads for count in convolved)
+
+
+def layout(length: int, programs: int, widest: int) -> tuple[bool, int, bool]:
+    """`step_kernel`'s EAGER, which comes with twice the warps, PIECE and MIRRORED for `programs` heads."""
     eager = widest == 64 and programs <= EAGER_PROGRAMS
-    return eager, 32 if length == 1 and widest == 128 and programs >= LINED_PROGRAMS else 16
+    lined = length == 1 and widest == 128 and programs >= LINED_PROGRAMS
+    return eager, 32 if lined else 16, lined
 
 
 def _launch(tokens, gates, numbers, valid, surroundings, states, outputs, heads, solver, scale, eps, options) -> None:
@@ -928,7 +1056,7 @@ def _launch(tokens, gates, numbers, valid, surroundings, states, outputs, heads,
     batch, length, query_heads, width = query.shape
     block, value_block = filled(width), filled(value.shape[-1])
     programs, widest = batch * heads, max(block, value_block)
-    eager, piece = layout(length, programs, widest)
+    eager, piece, mirrored = layout(length, programs, widest)
     # What reads of every token; a single one keeps it in registers.
     mixed = torch.empty(batch, length if length > 1 else 0, heads, width, dtype=torch.float32, device=query.device)
     constants = {
@@ -938,6 +1066,7 @@ def _launch(tokens, gates, numbers, valid, surroundings, states, outputs, heads,
         "PAIRED": False,
         "EAGER": eager,
         "PIECE": min(block, piece),
+        "MIRRORED": mirrored,
         "GATED": gates[3] is not None,
         "MIXED": gates[2] is not None,
         "OUTPUT_GATED": gates[4] is not None,
