@@ -42,7 +42,6 @@ NAMES = {
     "attention": "softmax attention",
     "softmax": "softmax attention",
     "gka": "**GKA**",
-    tasks.LOCAL: "**GKA** with local values",
     "kla": "**KLA**",
     "mamba2": "Mamba-2",
     "gla": "GLA",

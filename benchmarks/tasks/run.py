@@ -74,10 +74,7 @@ def mqar():
     return Study(tuple(cells), {"mqar": RECALL}, 65536, 512)
 
 
-# A path around the state, as KLA and Mamba-2 have it.
-LOCAL = "gka with local values"
-LABELS = (*MIXERS, LOCAL)
-WORDS = ("kla", "gka", LOCAL, "attention", "mamba2", "gated_delta_net", "delta_product")
+WORDS = ("kla", "gka", "attention", "mamba2", "gated_delta_net", "delta_product")
 
 
 LONGER = 256
@@ -91,14 +88,7 @@ def tracked(group, length):
 def _words(length, steps, batch, depths, models, groups, rates, seeds=2):
     sizes = [Size(layers=n, mlp=256, batch=batch, steps=steps, rates=rates, seeds=seeds) for n in depths]
     tasks = {g: tracked(g, length) for g in groups}
-    cells = tuple(
-        Cell("gka", g, replace(size, fields={"use_local_values": True}), LOCAL)
-        if model == LOCAL
-        else Cell(model, g, size)
-        for g in groups
-        for size in sizes
-        for model in models
-    )
+    cells = tuple(Cell(model, g, size) for g in groups for size in sizes for model in models)
     return Study(cells, tasks, 2**19, 2048)
 
 
@@ -108,10 +98,10 @@ def words():
 
 
 def two_blocks():
-    """A5, words of 16, two blocks: what changes how far KLA comes, and all with four times the steps."""
+    """A5, words of 16, two blocks: four times the steps of `words`, and with as many what changes how far KLA comes."""
     size = Size(layers=2, mlp=256, batch=512, steps=8000, rates=(3e-3,), seeds=2)
+    longer = replace(size, steps=32000)
     variants = {
-        "as in the table": {},
         "in float32": {"autocast": False},
         "rate 0.01": {"rates": (1e-2,)},
         "zero-order hold": {"fields": {"discretization": "zoh"}},
@@ -119,14 +109,9 @@ def two_blocks():
         "state 64": {"fields": {"linear_state_size": 64}},
         "language-model block": {"fields": {"value_rank": "conv", "variance_rank": 16}},
     }
-    cells = [Cell("kla", "A5", replace(size, **changes), f"kla: {name}") for name, changes in variants.items()]
-    # Each at the rate that is best for it with fewer steps.
-    rates = {"kla": 3e-3, "mamba2": 3e-3, "attention": 3e-3, "gated_delta_net": 1e-3, "delta_product": 3e-3}
-    longer = [
-        Cell(model, "A5", replace(size, steps=32000, rates=(rate,)), f"{model}: four times the steps")
-        for model, rate in rates.items()
-    ]
-    return Study((*longer, *cells), {"A5": tracked("A5", 16)}, 2**19, 2048)
+    cells = [Cell(model, "A5", longer, f"{model}: 32,000 steps") for model in ("kla", "mamba2", "attention")]
+    cells += [Cell("kla", "A5", replace(size, **changes), f"kla: {name}") for name, changes in variants.items()]
+    return Study(tuple(cells), {"A5": tracked("A5", 16)}, 2**19, 2048)
 
 
 def s5():
@@ -283,13 +268,13 @@ def draw(result, folder, name):
     if pyplot is None or name not in ("mqar", "words") or not cells:
         return
     kind = "width" if name == "mqar" else "layers"
-    sizes = sorted({cell[kind] for cell in cells})
+    sizes, order = sorted({cell[kind] for cell in cells}), list(MIXERS)
     figure, axes = pyplot.subplots(1, len(sizes), figsize=(4 * len(sizes) + 1.5, 3.4), sharey=True, squeeze=False)
     for axis, size in zip(axes[0], sizes, strict=True):
-        own = sorted((cell for cell in cells if cell[kind] == size), key=lambda cell: LABELS.index(cell["label"]))
+        own = sorted((cell for cell in cells if cell[kind] == size), key=lambda cell: order.index(cell["label"]))
         for cell in own:
-            style = {"label": cell["label"], "marker": "os^vDx+*ph"[LABELS.index(cell["label"])], "markersize": 4}
-            style |= {"color": f"C{LABELS.index(cell['label'])}", "linestyle": "-" if cell["model"] in OURS else "--"}
+            style = {"label": cell["label"], "marker": "os^vDx+*ph"[order.index(cell["label"])], "markersize": 4}
+            style |= {"color": f"C{order.index(cell['label'])}", "linestyle": "-" if cell["model"] in OURS else "--"}
             if name == "mqar":
                 tests = {pairs: [run["tests"][pairs] for run in cell["runs"]] for pairs in cell["runs"][0]["tests"]}
                 axis.plot([int(p) for p in tests], [statistics.mean(v) for v in tests.values()], **style)

@@ -142,7 +142,7 @@ def test_a_few_tokens_after_a_prefix(length, kind, part, width, dtype, monkeypat
     assert all(relative_error(a, b) <= 1e-6 for a, b in zip(after, exact_after, strict=True))
 
 
-@pytest.mark.parametrize("layout", [(True, 16, False), (False, 32, True), (True, 32, False), (False, 16, True)])
+@pytest.mark.parametrize("layout", [(True, 16), (False, 32), (True, 32)])
 @pytest.mark.parametrize(("length", "part"), [(1, 0), (4, 0), (4, 1), (4, 3)])
 @pytest.mark.parametrize("width", [64, 128])
 def test_a_step_in_every_layout_of_its_states(width, length, part, layout, monkeypatch):

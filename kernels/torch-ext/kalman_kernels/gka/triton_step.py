@@ -23,8 +23,6 @@ __all__ = ["gka_triton_mixer_step", "gka_triton_step"]
 # Where the blocks of columns stand among the axes of a state (rows, PIECE columns): with these, each compiler lays
 # rows over the lanes of a warp, and a sum over columns hardly leaves a thread.
 BLOCK_AXIS = tl.constexpr(1 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) else 0)
-# Numbers of a state that memory gives together.
-LINE = tl.constexpr(16)
 # Rows of several tokens that are solved together: the least that matrix units take.
 ROOM = tl.constexpr(16)
 
@@ -59,26 +57,6 @@ def _state(pointer, rows, inside, columns, WIDTH: tl.constexpr):
     """A state, where its elements stand and which of them are there."""
     offset, mask = _tile(rows, inside, columns, WIDTH)
     return tl.load(pointer + offset, mask=mask, other=0.0), offset, mask
-
-
-@triton.jit
-def _transposed(state, PIECE: tl.constexpr):
-    """A square state with rows and columns exchanged, in the same form."""
-    blocks: tl.constexpr = state.shape[1 - BLOCK_AXIS] // PIECE
-    if BLOCK_AXIS == 0:
-        state = tl.permute(state, (1, 0, 2))
-    state = tl.reshape(state, (blocks * PIECE, blocks * PIECE))
-    state = tl.reshape(tl.trans(state), (blocks * PIECE, blocks, PIECE))
-    return tl.permute(state, (1, 0, 2)) if BLOCK_AXIS == 0 else state
-
-
-@triton.jit
-def _symmetric(pointer, rows, inside, columns, WIDTH: tl.constexpr, PIECE: tl.constexpr):
-    """As `_state`, of a symmetric one: read are its lower triangle and what shares 64 bytes with it."""
-    offset, mask = _tile(rows, inside, columns, WIDTH)
-    near = _along(columns // LINE) <= _wide(rows // LINE)
-    state = tl.load(pointer + offset, mask=mask & near, other=0.0)
-    return tl.where(_along(columns) <= _wide(rows), state, _transposed(state, PIECE)), offset, mask
 
 
 @triton.jit
@@ -439,7 +417,6 @@ def step_kernel(
     PIPELINED: tl.constexpr,
     EAGER: tl.constexpr,
     PIECE: tl.constexpr,
-    MIRRORED: tl.constexpr,
     EARLY: tl.constexpr,
     PAIRED: tl.constexpr,
     MIXER: tl.constexpr,
@@ -468,9 +445,8 @@ def step_kernel(
     before, one program for each state (second axis: value state and outputs, Gram state); 3 all of it, tokens solved
     together. EARLY: the kernel before may still run until tokens are read.
     SEVERAL: more than one token. EAGER: both states are loaded at once. PIECE: columns of a state side by side, over
-    neighbouring threads. MIRRORED: of the Gram matrix hardly more than the lower triangle is read. PAIRED: parts 1 and
-    2 run at the same time, 2 waits for the solves. PADDED: a single token. CONVOLVES: queries, keys and values are raw;
-    what `prepare_kernel` does is done here, for a single token of heads that share nothing that is convolved.
+    neighbouring threads. PAIRED: parts 1 and 2 run at the same time, 2 waits for the solves. PADDED: a single token.
+    CONVOLVES: queries, keys and values are raw; what `prepare_kernel` does is done here, for a single token.
     """
     TOGETHER: tl.constexpr = PART == 3
     line = long(tl.program_id(0))
@@ -515,8 +491,6 @@ def step_kernel(
         offset = rows[:, None] * WIDTH + rows[None, :]
         mask = inside[:, None] & inside[None, :]
         gram = tl.load(gram_at + offset, mask=mask, other=0.0)
-    elif MIRRORED:
-        gram, offset, mask = _symmetric(gram_at, rows, inside, columns, WIDTH, PIECE)
     else:
         gram, offset, mask = _state(gram_at, rows, inside, columns, WIDTH)
     if EAGER & (PART != 1):
@@ -1044,11 +1018,12 @@ def convolves(length: int, heads: int, convolved: tuple[int, ...]) -> bool:
     return length == 1 and all(count == heads for count in convolved)
 
 
-def layout(length: int, programs: int, widest: int) -> tuple[bool, int, bool]:
-    """`step_kernel`'s EAGER, which comes with twice the warps, PIECE and MIRRORED for `programs` heads."""
+def layout(length: int, programs: int, widest: int, convolving: bool) -> tuple[bool, int]:
+    """`step_kernel`'s EAGER, which comes with twice the warps, and PIECE for the tokens of `programs` heads."""
     eager = widest == 64 and programs <= EAGER_PROGRAMS
-    lined = length == 1 and widest == 128 and programs >= LINED_PROGRAMS
-    return eager, 32 if lined else 16, lined
+    # A step that convolves, too, has no registers left for it.
+    lined = length == 1 and widest == 128 and programs >= LINED_PROGRAMS and not convolving
+    return eager, 32 if lined else 16
 
 
 def _launch(tokens, gates, numbers, valid, surroundings, states, outputs, heads, solver, scale, eps, options) -> None:
@@ -1056,7 +1031,7 @@ def _launch(tokens, gates, numbers, valid, surroundings, states, outputs, heads,
     batch, length, query_heads, width = query.shape
     block, value_block = filled(width), filled(value.shape[-1])
     programs, widest = batch * heads, max(block, value_block)
-    eager, piece, mirrored = layout(length, programs, widest)
+    eager, piece = layout(length, programs, widest, options["CONVOLVES"])
     # What reads of every token; a single one keeps it in registers.
     mixed = torch.empty(batch, length if length > 1 else 0, heads, width, dtype=torch.float32, device=query.device)
     constants = {
@@ -1066,7 +1041,6 @@ def _launch(tokens, gates, numbers, valid, surroundings, states, outputs, heads,
         "PAIRED": False,
         "EAGER": eager,
         "PIECE": min(block, piece),
-        "MIRRORED": mirrored,
         "GATED": gates[3] is not None,
         "MIXED": gates[2] is not None,
         "OUTPUT_GATED": gates[4] is not None,
