@@ -110,19 +110,19 @@ def gka_step(dtype, width, solver, tokens, every, batch=1):
     )
 
 
-def mixer_step(dtype, width, tokens=1, taps=4, batch=1):
+def mixer_step(dtype, width, tokens=1, taps=4, batch=1, shared=False):
     heads = 2
-    channels = heads * width
+    counts = (heads, 1, 1) if shared else (heads,) * 3
 
     def random(*shape):
         return torch.rand(*shape).to(dtype)
 
     inputs = MixerInputs(
-        *(random(batch, tokens, heads, width) for _ in range(3)),
+        *(random(batch, tokens, count, width) for count in counts),
         *(random(batch, tokens, heads) for _ in range(3)),
         random(batch, tokens, heads, width),
-        *(random(batch, channels, taps - 1) for _ in range(3)),
-        *(random(channels, taps) for _ in range(3)),
+        *(random(batch, count * width, taps - 1) for count in counts),
+        *(random(count * width, taps) for count in counts),
         torch.rand(heads),
         torch.rand(heads),
         random(width),
@@ -173,6 +173,8 @@ def build(capability):
     gka_step(torch.bfloat16, 128, cg, 1, False, batch=256)
     gka_step(torch.float16, 64, cg._replace(ridge_ratio=1e-3), 2, False, batch=40)
     mixer_step(torch.bfloat16, 128)
+    # Keys and values that several heads read are prepared by a launch of their own.
+    mixer_step(torch.bfloat16, 128, shared=True)
     mixer_step(torch.float16, 64, 4)
     mixer_step(torch.float16, 64, 8, batch=64)
     kla(torch.bfloat16)

@@ -10,6 +10,7 @@ import importlib
 import json
 import statistics
 import sys
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 
@@ -119,26 +120,64 @@ def recall(result):
     return parts
 
 
-def words(result):
-    study, cells = result["study"], done(result)
-    parts = [
+WORD_NOTES = {
+    "tasks_words": (
         "## State tracking\n",
         "The word problem of A5 (arXiv 2404.08819): after each of 16 random elements, the product so far. Entries: the "
-        "longest word with at least 90 % right answers, for each seed. Width 128, SwiGLU MLPs; "
-        f"{study['steps']:,} steps of {study['batch']} words "
-        f"({origin('tasks_words', result)}).\n",
-        "![accuracy over positions](../benchmarks/results/tasks_words.png)\n",
-    ]
+        "longest word with at least 90 % right answers, for each seed. Width 128, SwiGLU MLPs",
+    ),
+    "tasks_s5": ("### S5\n", "The same with the 120 elements of S5"),
+    "tasks_long-words": ("### Long words\n", "A5, trained on words of 256 elements; entries as above"),
+}
+
+
+def words(result, name="tasks_words"):
+    """Word problems by depth."""
+    study, cells = result["study"], done(result)
+    head, lead = WORD_NOTES[name]
+    parts = [head, f"{lead}; {study['steps']:,} steps of {study['batch']} words ({origin(name, result)}).\n"]
+    if name == "tasks_words":
+        parts.append("![accuracy over positions](../benchmarks/results/tasks_words.png)\n")
     depths = sorted({cell["layers"] for cell in cells})
     rows = []
     for label in dict.fromkeys(cell["label"] for cell in cells):
         row = [NAMES[label]]
         for depth in depths:
             own = [cell for cell in cells if (cell["label"], cell["layers"]) == (label, depth)]
-            row += [", ".join(str(longest(run["tests"]["whole"])) for run in cell["runs"]) for cell in own] or [""]
+            row += [reached(cell) for cell in own] or [""]
         rows.append(row)
     parts.append(table(["blocks", *depths], rows) + "\n")
     return parts
+
+
+def reached(cell, test="whole"):
+    """The longest word of every seed."""
+    return ", ".join(str(longest(run["tests"][test])) for run in cell["runs"])
+
+
+def two_blocks(result):
+    """What changes how far KLA comes with two blocks, and what more steps give it and others."""
+    found = result["cells"]
+    cells = [found[cell.key] for cell in tasks.two_blocks().cells if "runs" in found.get(cell.key, {})]
+    plain = [cell for cell in done(load("tasks_words") or {"cells": {}}) if cell["layers"] == 2]
+    wanted = {cell["model"] for cell in cells}
+    labelled = [(f"{cell['model']}: as above", cell) for cell in plain if cell["model"] in wanted]
+    labelled += [(cell["label"], cell) for cell in cells]
+    labelled.sort(key=lambda pair: -shares(pair[1]))
+    rows = [[label, reached(cell), f"{100 * shares(cell):.0f}"] for label, cell in labelled]
+    beyond = max(longest(run["tests"]["longer"]) for cell in cells for run in cell["runs"])
+    return [
+        "### Two blocks\n",
+        "As above with two blocks: one change each to KLA, and four times the steps. No model answers words that are "
+        f"longer than what it learned: tested on 256 elements, the longest is {beyond} "
+        f"({origin('tasks_two-blocks', result)}).\n",
+        table(["", "longest word with 90 %", "right of 16, %"], rows) + "\n",
+    ]
+
+
+def shares(cell):
+    """Mean over seeds and positions of the accuracy."""
+    return statistics.mean(statistics.mean(run["tests"]["whole"]) for run in cell["runs"])
 
 
 def longest(shares):
@@ -354,7 +393,8 @@ def long_context(result):
     for name, row in result["models"].items():
         rows += [[f"{name}, {kind}", *(f"{100 * v:.0f}" for v in row[kind].values())] for kind in ("needle", "pairs")]
         devices.setdefault(f"{device(row)}, {row['dtype']}", []).append(name)
-    contexts = list(next(iter(result["models"].values()))["needle"])
+    contexts = list(max((row["needle"] for row in result["models"].values()), key=len))
+    rows = [row + [""] * (1 + len(contexts) - len(row)) for row in rows]
     where = "; ".join(f"{what}: {' / '.join(names)}" for what, names in devices.items())
     return [
         "## Long context\n",
@@ -373,6 +413,9 @@ SECTIONS = (
     ("tasks_ablations", ablations),
     ("tasks_iterations", iterations),
     ("tasks_words", words),
+    ("tasks_two-blocks", two_blocks),
+    ("tasks_s5", partial(words, name="tasks_s5")),
+    ("tasks_long-words", partial(words, name="tasks_long-words")),
     ("tasks_mad", mad),
     ("small_lm_wide", language),
     ("output_start", starts),

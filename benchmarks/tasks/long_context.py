@@ -126,11 +126,14 @@ def draw(result, folder):
     if pyplot is None:
         return
     figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.4))
+    # Texts start elsewhere where the longest context is shorter, and their losses do not compare.
+    reach = max(row["loss"][-1]["positions"][1] for row in result["models"].values() if row["loss"])
     for number, (name, row) in enumerate(result["models"].items()):
         style = {"marker": "os^vDx+*p"[number % 9], "label": name}
         for axis, kind in zip(axes, ("needle", "pairs"), strict=False):
             axis.plot([int(c) for c in row[kind]], list(row[kind].values()), **style)
-        axes[2].plot([r["positions"][1] for r in row["loss"]], [r["nats"] for r in row["loss"]], **style)
+        if row["loss"] and row["loss"][-1]["positions"][1] == reach:
+            axes[2].plot([r["positions"][1] for r in row["loss"]], [r["nats"] for r in row["loss"]], **style)
     for axis, title in zip(
         axes, ("a needle, share found", "one of many pairs, share found", "nats per token"), strict=True
     ):

@@ -110,6 +110,9 @@ def two_blocks():
         "language-model block": {"fields": {"value_rank": "conv", "variance_rank": 16}},
     }
     cells = [Cell(model, "A5", longer, f"{model}: 32,000 steps") for model in ("kla", "mamba2", "attention")]
+    cells.append(
+        Cell("kla", "A5", replace(longer, fields=variants["state 64"]["fields"]), "kla: state 64, 32,000 steps")
+    )
     cells += [Cell("kla", "A5", replace(size, **changes), f"kla: {name}") for name, changes in variants.items()]
     return Study(tuple(cells), {"A5": tracked("A5", 16)}, 2**19, 2048)
 
