@@ -7,7 +7,7 @@ width * head numbers per layer. KLA keeps its published 16 filters for each of i
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -278,17 +278,29 @@ class Size:
 
 @dataclass(frozen=True)
 class Cell:
-    """One entry of a study: a mixer on a task at a size."""
+    """One entry of a study: a mixer on a task at a size; `at`: a part of it, one of its learning rates alone."""
 
     model: str
     task: str
     size: Size
     label: str = ""
+    at: float | None = None
 
     @property
     def key(self) -> str:
         """What the results call it."""
-        return "/".join(filter(None, (self.label or self.model, self.task, f"{self.size.width}x{self.size.layers}")))
+        names = (self.label or self.model, self.task, f"{self.size.width}x{self.size.layers}")
+        return "/".join(names) + ("" if self.at is None else f" at {self.at:g}")
+
+    @property
+    def rates(self) -> tuple:
+        """Learning rates to train at."""
+        return self.size.rates if self.at is None else (self.at,)
+
+    @property
+    def parts(self) -> list["Cell"]:
+        """The same at each of its rates."""
+        return [replace(self, at=rate) for rate in self.size.rates]
 
 
 def build(cell: Cell, task, seed: int) -> TaskModel:

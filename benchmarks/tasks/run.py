@@ -6,10 +6,12 @@
 STUDY is mqar, words, two-blocks, s5, long-words, mad, ablations, iterations or all.
 
 On GPUs (all that are visible) many models train at once, see `runner.py`; processes of one GPU take turns unless CUDA's
-multi-process service runs (`nvidia-cuda-mps-control -d`; some ten processes). Results: `results/tasks_<study>.json`,
-one object for each cell with the rates tried, every seed's curve and tests; cells that it holds already are not run
-again. Sizes, rates and steps are those of `STUDIES`; MLPs are SwiGLU, AdamW has betas (0.9, 0.98), weight decay 0.1 on
-matrices, 10 % warm-up and a cosine to 5 %; bfloat16 autocast. Tests are drawn apart from training and choice of rates.
+multi-process service runs (`nvidia-cuda-mps-control -d`). It has room for some ten processes with fewer hardware queues
+each (`CUDA_DEVICE_MAX_CONNECTIONS=8`), for three with 32, the default here. Results: `results/tasks_<study>.json`, one
+object for each cell with the rates tried, every seed's curve and tests; what it holds already, a cell or a rate of one,
+is not run again. Sizes, rates and steps are those of `STUDIES`; MLPs are SwiGLU, AdamW has betas (0.9, 0.98), weight
+decay 0.1 on matrices, 10 % warm-up and a cosine to 5 %; bfloat16 autocast. Tests are drawn apart from training and
+choice of rates.
 """
 
 import argparse
@@ -202,7 +204,9 @@ def main():
     parser.add_argument("study", choices=[*STUDIES, "all"])
     parser.add_argument("--models", nargs="+", choices=[*MIXERS])
     parser.add_argument("--workers", type=int, help="processes; two for each GPU, two without one")
-    parser.add_argument("--pack", type=int, default=3, help="cells that a process trains side by side")
+    parser.add_argument(
+        "--pack", type=int, default=3, help="cells, each at one rate, that a process trains side by side"
+    )
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no cell is begun")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -222,25 +226,45 @@ def run_study(name, options, devices, workers, limit):
     # Cells of other settings are no part of this study.
     result = continued(f"tasks_{name}", settings, options.output) or {**settings, "cells": {}}
     noted = note_run(result, devices, workers)
+    parts = result.setdefault("parts", {})
     wanted = [c for c in study.cells if not options.models or c.model in options.models]
     wanted = [c for c in wanted if "runs" not in result["cells"].get(c.key, {})]
+    missing = [part for cell in wanted for part in cell.parts if "runs" not in parts.get(part.key, {})]
 
-    def report(keys, cells):
+    def report(keys, rows):
         # A process that failed as a whole tells so of the pack.
-        cells = dict.fromkeys(keys, cells) if "failed" in cells else cells
-        for key, cell in cells.items():
-            result["cells"][key] = cell | noted
-            if "failed" in cell:
-                print(key, "failed:", cell["failed"].splitlines()[-1], flush=True)
+        rows = dict.fromkeys(keys, rows) if "failed" in rows else rows
+        for key, row in rows.items():
+            parts[key] = row | noted
+            if "failed" in row:
+                print(key, "failed:", row["failed"].splitlines()[-1], flush=True)
             else:
-                tests = {n: [run["tests"][n] for run in cell["runs"]] for n in cell["runs"][0]["tests"]}
+                tests = {n: [run["tests"][n] for run in row["runs"]] for n in row["runs"][0]["tests"]}
                 brief = {n: [sum(x) / len(x) for x in v] if isinstance(v[0], list) else v for n, v in tests.items()}
-                print(key, cell["rate"], brief, cell["seconds"], "s", flush=True)
+                print(key, brief, row["seconds"], "s", flush=True)
+        join(wanted, parts, result["cells"])
         write(f"tasks_{name}", result, options.output)
 
-    jobs = {tuple(cell.key for cell in pack): pack for pack in packs(wanted, options.pack)}
+    jobs = {tuple(part.key for part in pack): pack for pack in packs(missing, options.pack)}
     run_all(jobs, partial(run_cells, study=study), devices, workers, limit, report)
     draw(result, options.output, name)
+
+
+def join(cells, parts, joined):
+    """Move cells trained at all their rates from `parts` to `joined`: the runs at the rate that is best in the mean."""
+    for cell in cells:
+        own = {part.at: parts[part.key] for part in cell.parts if part.key in parts}
+        if len(own) < len(cell.parts):
+            continue
+        if failed := [row for row in own.values() if "failed" in row]:
+            joined[cell.key] = failed[0]
+            continue
+        reached = {f"{rate:g}": row["rates"][key] for rate, row in own.items() for key in row["rates"]}
+        best = max(own, key=lambda rate: statistics.mean(accuracy for _, accuracy, _ in reached[f"{rate:g}"]))
+        seconds = round(sum(row["seconds"] for row in own.values()), 1)
+        joined[cell.key] = own[best] | {"rates": reached, "seconds": seconds}
+        for part in cell.parts:
+            del parts[part.key]
 
 
 def packs(cells, size):

@@ -149,7 +149,7 @@ def run_cells(cells: Sequence[Cell], device, study) -> dict:
     runs, results, started = [], {}, time.perf_counter()
     for cell in cells:
         try:
-            own = [Training(cell, task.training, data, r, s) for r in cell.size.rates for s in range(cell.size.seeds)]
+            own = [Training(cell, task.training, data, r, s) for r in cell.rates for s in range(cell.size.seeds)]
             for training in own:
                 training.prepare()
             runs.append(own)
@@ -165,7 +165,7 @@ def run_cells(cells: Sequence[Cell], device, study) -> dict:
 
 def _summary(runs, tests, by_position, at_inference):
     cell, size = runs[0].cell, runs[0].cell.size
-    reached = {rate: [t.curve[-1] for t in runs if t.rate == rate] for rate in size.rates}
+    reached = {rate: [t.curve[-1] for t in runs if t.rate == rate] for rate in cell.rates}
     best = max(reached, key=lambda rate: statistics.mean(accuracy for _, accuracy, _ in reached[rate]))
     tested = [
         {

@@ -162,6 +162,25 @@ def test_packs_hold_cells_of_one_task():
     cells = [Cell("gka", task, Size(width=width)) for width in (16, 32, 64) for task in ("a", "b")]
     found = [[(cell.task, cell.size.width) for cell in pack] for pack in tasks.packs(cells, 2)]
     assert found == [[("a", 16), ("a", 32)], [("a", 64)], [("b", 16), ("b", 32)], [("b", 64)]]
+    # What trains side by side takes as many steps.
+    steps = [Cell("gka", "a", Size(steps=number), str(i)) for i, number in enumerate((5, 7, 5))]
+    assert [[cell.size.steps for cell in pack] for pack in tasks.packs(steps, 3)] == [[5, 5], [7]]
+
+
+def test_a_cell_can_be_kept_from_half_precision():
+    task, dtypes = Word("A5", 4), []
+    for autocast in (True, False):
+        cell = Cell("kla", "A5", Size(width=16, head=16, mlp=16, batch=4, steps=2, autocast=autocast))
+        training = Training(cell, task, packed(task.draw(8, 0)), 1e-3, 0)
+        training.model.head.register_forward_hook(lambda *call: dtypes.append(call[2].dtype))
+        training.advance()
+        training.accuracy(task.draw(8, 1))
+    assert dtypes == [torch.bfloat16] * 2 + [torch.float32] * 2
+
+
+def test_word_problems_are_tested_on_longer_words():
+    task = tasks.tracked("S5", 8)
+    assert task.training.length == task.tests["whole"].length == 8 < task.tests["longer"].length == tasks.LONGER
 
 
 def double(job, device):
@@ -234,6 +253,31 @@ def test_a_study_goes_on_and_forgets_what_other_settings_gave(tmp_path, monkeypa
     (tmp_path / "tasks_mqar.json").write_text(json.dumps(first))
     tasks.run_study("mqar", Options, ["cpu"], 1, 100)
     assert "kept" not in json.loads((tmp_path / "tasks_mqar.json").read_text())["cells"]["attention/mqar/16x2"]
+
+
+def test_a_cell_is_put_together_from_its_rates(tmp_path, monkeypatch):
+    size = Size(width=16, head=16, batch=8, steps=20, rates=(1e-2, 1e-6), seeds=2)
+    cell = Cell("attention", "mqar", size)
+    study = Study((cell,), {"mqar": Task(TASK, {"4": TASK})}, 64, 32)
+    monkeypatch.setitem(tasks.STUDIES, "mqar", lambda: study)
+
+    class Options:
+        output, models, pack = tmp_path, None, 1
+
+    path, run_all = tmp_path / "tasks_mqar.json", tasks.run_all
+    # The first time ends after one rate.
+    monkeypatch.setattr(tasks, "run_all", lambda jobs, *rest: run_all(dict([list(jobs.items())[1]]), *rest))
+    tasks.run_study("mqar", Options, ["cpu"], 1, 100)
+    halfway = json.loads(path.read_text())
+    assert halfway["cells"] == {} and list(halfway["parts"]) == ["attention/mqar/16x2 at 1e-06"]
+    monkeypatch.setattr(tasks, "run_all", run_all)
+    tasks.run_study("mqar", Options, ["cpu"], 1, 100)
+    (row,), (whole,) = json.loads(path.read_text())["cells"].values(), run_cells([cell], CPU, study).values()
+    assert json.loads(path.read_text())["parts"] == {}
+    (part,) = halfway["parts"].values()
+    assert row["rates"]["1e-06"] == part["rates"]["1e-06"] and row["seconds"] > part["seconds"]
+    whole = json.loads(json.dumps(whole))
+    assert {key: row[key] for key in whole if key != "seconds"} == {k: v for k, v in whole.items() if k != "seconds"}
 
 
 @pytest.mark.parametrize("name", list(tasks.STUDIES))
