@@ -62,7 +62,7 @@ def serves_mixer_step(
 
 
 def gka_mixer_step(inputs: MixerInputs, solver: GKASolver, options: MixerOptions) -> Tensor:
-    """RMSNorm(GKA(conv(q), conv(k), conv(v))) * SiLU(gate) for at most 8 tokens, (B, T, H, Dv), in 2 or 3 launches.
+    """RMSNorm(GKA(conv(q), conv(k), conv(v))) * SiLU(gate) for at most 8 tokens, (B, T, H, Dv), in 1 to 3 launches.
 
     The whole of `GKAMixer` between its projections, with what the separate operators round rounded alike. Convolution
     contexts and states are replaced in place; no gradient.
