@@ -129,7 +129,7 @@ def draw(result, folder):
     # Texts start elsewhere where the longest context is shorter, and their losses do not compare.
     reach = max(row["loss"][-1]["positions"][1] for row in result["models"].values() if row["loss"])
     for number, (name, row) in enumerate(result["models"].items()):
-        style = {"marker": "os^vDx+*p"[number % 9], "label": name}
+        style = {"marker": "os^vDx+*p"[number % 9], "color": f"C{number}", "label": name}
         for axis, kind in zip(axes, ("needle", "pairs"), strict=False):
             axis.plot([int(c) for c in row[kind]], list(row[kind].values()), **style)
         if row["loss"] and row["loss"][-1]["positions"][1] == reach:
