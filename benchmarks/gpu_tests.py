@@ -29,7 +29,9 @@ def main():
     parser.add_argument("--output", type=Path, default=RESULTS)
     options, extra = parser.parse_known_args()
     collector = Collector()
-    status = pytest.main(["-m", "gpu", "-q", "-p", "no:cacheprovider", *extra], plugins=[collector])
+    # Where pytest-benchmark is installed it warns beside xdist, and warnings are errors.
+    plugins = ("-p", "no:cacheprovider", "-p", "no:benchmark")
+    status = pytest.main(["-m", "gpu", "-q", *plugins, *extra], plugins=[collector])
     counts = {o: sum(e["outcome"] == o for e in collector.outcomes.values()) for o in ("passed", "failed", "skipped")}
     write("gpu_tests", {"environment": environment("cuda"), **counts, "tests": collector.outcomes}, options.output)
     return int(status)
