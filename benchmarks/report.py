@@ -150,9 +150,9 @@ def words(result, name="tasks_words"):
     return parts
 
 
-def reached(cell, test="whole"):
+def reached(cell):
     """The longest word of every seed."""
-    return ", ".join(str(longest(run["tests"][test])) for run in cell["runs"])
+    return ", ".join(str(longest(run["tests"]["whole"])) for run in cell["runs"])
 
 
 def two_blocks(result):
@@ -163,8 +163,8 @@ def two_blocks(result):
     wanted = {cell["model"] for cell in cells}
     labelled = [(f"{cell['model']}: as above", cell) for cell in plain if cell["model"] in wanted]
     labelled += [(cell["label"], cell) for cell in cells]
-    labelled.sort(key=lambda pair: -shares(pair[1]))
-    rows = [[label, reached(cell), f"{100 * shares(cell):.0f}"] for label, cell in labelled]
+    labelled.sort(key=lambda pair: -overall(pair[1]))
+    rows = [[label, reached(cell), f"{100 * overall(cell):.0f}"] for label, cell in labelled]
     beyond = max(longest(run["tests"]["longer"]) for cell in cells for run in cell["runs"])
     return [
         "### Two blocks\n",
@@ -175,7 +175,7 @@ def two_blocks(result):
     ]
 
 
-def shares(cell):
+def overall(cell):
     """Mean over seeds and positions of the accuracy."""
     return statistics.mean(statistics.mean(run["tests"]["whole"]) for run in cell["runs"])
 

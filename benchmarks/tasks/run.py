@@ -30,7 +30,7 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 from record import RESULTS, continued, drawing, note_run, write  # noqa: E402
 from registry import MIXERS, MODELS, OURS, Cell, Size  # noqa: E402
-from runner import run_all, run_cells  # noqa: E402
+from runner import best_rate, run_all, run_cells  # noqa: E402
 from sequences import Mad, Recall, Word  # noqa: E402
 
 
@@ -259,10 +259,10 @@ def join(cells, parts, joined):
         if failed := [row for row in own.values() if "failed" in row]:
             joined[cell.key] = failed[0]
             continue
-        reached = {f"{rate:g}": row["rates"][key] for rate, row in own.items() for key in row["rates"]}
-        best = max(own, key=lambda rate: statistics.mean(accuracy for _, accuracy, _ in reached[f"{rate:g}"]))
+        # The one rate of a part: a number, or its text where the part is of a file.
+        reached = {rate: next(iter(row["rates"].values())) for rate, row in own.items()}
         seconds = round(sum(row["seconds"] for row in own.values()), 1)
-        joined[cell.key] = own[best] | {"rates": reached, "seconds": seconds}
+        joined[cell.key] = own[best_rate(reached)] | {"rates": reached, "seconds": seconds}
         for part in cell.parts:
             del parts[part.key]
 

@@ -163,10 +163,15 @@ def run_cells(cells: Sequence[Cell], device, study) -> dict:
     return {key: row | {"seconds": seconds} for key, row in results.items()}
 
 
+def best_rate(reached):
+    """The rate whose last points of (step, accuracy, loss) have the best mean accuracy."""
+    return max(reached, key=lambda rate: statistics.mean(accuracy for _, accuracy, _ in reached[rate]))
+
+
 def _summary(runs, tests, by_position, at_inference):
     cell, size = runs[0].cell, runs[0].cell.size
     reached = {rate: [t.curve[-1] for t in runs if t.rate == rate] for rate in cell.rates}
-    best = max(reached, key=lambda rate: statistics.mean(accuracy for _, accuracy, _ in reached[rate]))
+    best = best_rate(reached)
     tested = [
         {
             "seed": training.seed,
