@@ -262,7 +262,10 @@ def weight_decay_groups(model: nn.Module, decay: float, exempt=("bias", "A_log")
 
 @dataclass(frozen=True)
 class Size:
-    """A model's size and its training: everything of a cell but the mixer and the task."""
+    """A model's size and its training: everything of a cell but the mixer and the task.
+
+    `outputs`: factor on what the mixers' output projections start from.
+    """
 
     width: int = 128
     layers: int = 2
@@ -273,6 +276,7 @@ class Size:
     rates: tuple = (1e-3, 3e-3, 1e-2)
     seeds: int = 3
     autocast: bool = True
+    outputs: float = 1.0
     fields: dict = field(default_factory=dict)
 
 
@@ -308,4 +312,5 @@ def build(cell: Cell, task, seed: int) -> TaskModel:
     torch.manual_seed(seed)
     size = cell.size
     mixers = MIXERS[cell.model](size.width, size.head, size.layers, **size.fields)
-    return TaskModel(mixers, size.width, task.vocabulary, size.mlp, task.decoded, task.tied)
+    model = TaskModel(mixers, size.width, task.vocabulary, size.mlp, task.decoded, task.tied)
+    return model if size.outputs == 1 else start_outputs(model, size.outputs)

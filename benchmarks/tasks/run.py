@@ -3,7 +3,7 @@
     pip install flash-linear-attention==0.6.0 einops
     python benchmarks/tasks/run.py STUDY [--models gka ...] [--limit 600]
 
-STUDY is mqar, words, two-blocks, s5, long-words, mad, ablations, iterations or all.
+STUDY is mqar, words, two-blocks, starts, s5, long-words, mad, ablations, iterations or all.
 
 On GPUs (all that are visible) many models train at once, see `runner.py`; processes of one GPU take turns unless CUDA's
 multi-process service runs (`nvidia-cuda-mps-control -d`). It has room for some ten processes with fewer hardware queues
@@ -119,6 +119,26 @@ def two_blocks():
     return Study(tuple(cells), {"A5": tracked("A5", 16)}, 2**19, 2048)
 
 
+# What KLA starts from; as published it is steps of 0.001 to 0.1 and weights from N(0, 0.02^2).
+STARTS = {
+    "steps 0.01 to 1": {"dt_min": 0.01, "dt_max": 1.0},
+    "weights 0.1": {"initializer_range": 0.1},
+    "both": {"dt_min": 0.01, "dt_max": 1.0, "initializer_range": 0.1},
+    "observation variance 1/16": {"use_observation_bias": True},
+}
+
+
+def starts():
+    """A5, words of 16, two and four blocks: KLA from other starts."""
+    size = Size(mlp=256, batch=512, steps=8000, rates=(3e-3,), seeds=2)
+    cells = []
+    for layers in (4, 2):
+        at = replace(size, layers=layers)
+        cells += [Cell("kla", "A5", replace(at, fields=fields), f"kla: {name}") for name, fields in STARTS.items()]
+        cells.append(Cell("kla", "A5", replace(at, outputs=0.1), "kla: outputs of mixers 0.1"))
+    return Study(tuple(cells), {"A5": tracked("A5", 16)}, 2**19, 2048)
+
+
 def s5():
     """S5, words of 16 elements, 4 blocks."""
     return _words(16, 8000, 512, (4,), ("kla", "attention", "mamba2", "delta_product"), ("S5",), (1e-3, 3e-3))
@@ -154,6 +174,7 @@ def ablations():
         ("kla", "zero-order hold"): {"discretization": "zoh"},
         ("kla", "no process noise"): {"process_noise": "none"},
         **{("kla", f"state {n}"): {"linear_state_size": n} for n in (4, 8, 32, 64)},
+        **{("kla", f"start with {name}"): fields for name, fields in STARTS.items()},
     }
     rates = {"gka": 3e-3, "kla": 1e-2}
     cells = tuple(
@@ -191,6 +212,7 @@ STUDIES = {
     "mqar": mqar,
     "words": words,
     "two-blocks": two_blocks,
+    "starts": starts,
     "s5": s5,
     "long-words": long_words,
     "mad": mad,
@@ -203,7 +225,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("study", choices=[*STUDIES, "all"])
     parser.add_argument("--models", nargs="+", choices=[*MIXERS])
+    parser.add_argument("--only", nargs="+", default=[""], help="cells whose names have one of these in them")
     parser.add_argument("--workers", type=int, help="processes; two for each GPU, two without one")
+    parser.add_argument(
+        "--beside", type=int, default=0, help="processes of other runs on the same devices, for the stated device time"
+    )
     parser.add_argument(
         "--pack", type=int, default=3, help="cells, each at one rate, that a process trains side by side"
     )
@@ -225,9 +251,12 @@ def run_study(name, options, devices, workers, limit):
     settings = {"study": study_notes(STUDIES[name], study)}
     # Cells of other settings are no part of this study.
     result = continued(f"tasks_{name}", settings, options.output) or {**settings, "cells": {}}
-    noted = note_run(result, devices, workers)
+    noted = note_run(result, devices, workers + options.beside)
     parts = result.setdefault("parts", {})
     wanted = [c for c in study.cells if not options.models or c.model in options.models]
+    wanted = [c for c in wanted if any(text in c.key for text in options.only)]
+    if not wanted:
+        print(f"{name}: no such cell; it has {', '.join(cell.key for cell in study.cells)}")
     wanted = [c for c in wanted if "runs" not in result["cells"].get(c.key, {})]
     missing = [part for cell in wanted for part in cell.parts if "runs" not in parts.get(part.key, {})]
 

@@ -190,6 +190,7 @@ def _summary(runs, tests, by_position, at_inference):
         "layers": size.layers,
         "steps": size.steps,
         "autocast": size.autocast,
+        "outputs": size.outputs,
         "fields": size.fields,
         "parameters": sum(p.numel() for p in runs[0].model.parameters()),
         "rates": reached,

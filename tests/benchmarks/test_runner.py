@@ -229,7 +229,7 @@ def within(seconds, found):
     return None
 
 
-def test_a_study_goes_on_and_forgets_what_other_settings_gave(tmp_path, monkeypatch):
+def test_a_study_goes_on_and_forgets_what_other_settings_gave(tmp_path, monkeypatch, capsys):
     def small():
         """Two easy cells."""
         cells = tuple(
@@ -240,11 +240,16 @@ def test_a_study_goes_on_and_forgets_what_other_settings_gave(tmp_path, monkeypa
     monkeypatch.setitem(tasks.STUDIES, "mqar", small)
 
     class Options:
-        output, models, pack = tmp_path, None, 2
+        output, models, only, pack, beside = tmp_path, None, [""], 2, 3
 
+    Options.only = ["another"]
+    tasks.run_study("mqar", Options, ["cpu"], 1, 100)
+    assert not (tmp_path / "tasks_mqar.json").exists() and "it has attention/mqar/16x2" in capsys.readouterr().out
+    Options.only = ["other", "attention/mqar/16"]
     tasks.run_study("mqar", Options, ["cpu"], 1, 100)
     first = json.loads((tmp_path / "tasks_mqar.json").read_text())
     assert "runs" in first["cells"]["attention/mqar/16x2"]
+    assert first["cells"]["attention/mqar/16x2"]["processes"] == 4
     first["cells"]["attention/mqar/16x2"]["kept"] = True
     (tmp_path / "tasks_mqar.json").write_text(json.dumps(first))
     tasks.run_study("mqar", Options, ["cpu"], 1, 100)
@@ -262,7 +267,7 @@ def test_a_cell_is_put_together_from_its_rates(tmp_path, monkeypatch):
     monkeypatch.setitem(tasks.STUDIES, "mqar", lambda: study)
 
     class Options:
-        output, models, pack = tmp_path, None, 1
+        output, models, only, pack, beside = tmp_path, None, ["", "/"], 1, 0
 
     path, run_all = tmp_path / "tasks_mqar.json", tasks.run_all
     # The first time ends after one rate.
