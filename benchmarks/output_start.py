@@ -4,10 +4,10 @@
 
 Models of 4 layers of width 192 learn the same 300 thousand tokens (150 steps of 8 windows of 256, AdamW at 2e-3,
 cosine, float32, the tokenizer of `small_lm.py`) on a CPU; softmax attention and KLA with equal MLPs beside them, also
-with the output projections of their mixers started small.
+with the output projections of their mixers started small, and KLA with other first steps and observation variances.
 `noise`: root mean square of what the first mixer adds to the residual stream before training, over that of the
 embeddings. Results: `results/output_start.json`, held-out bits per byte along the way, two seeds; what it holds is not
-run again. 40 minutes on two cores.
+run again. 50 minutes on two cores.
 """
 
 import argparse
@@ -28,9 +28,16 @@ from runner import run_all  # noqa: E402
 
 WIDTH, LAYERS, WINDOW, BATCH, STEPS, RATE, SEEDS, HELD = 192, 4, 256, 8, 150, 2e-3, 2, 32
 FACTORS, SMALL = (1.0, 0.3, 0.1, 0.03, 0.0), 0.03
+KLA = {"value_rank": "conv", "variance_rank": WIDTH // 8}
+# What else KLA can start from, as in the word problems of `tasks/run.py`.
+STARTS = {
+    "kla, steps 0.01 to 1": {"dt_min": 0.01, "dt_max": 1.0},
+    "kla, observation variance 1/16": {"use_observation_bias": True},
+}
 KINDS = {
     "softmax attention": (GKAConfig, GKAForCausalLM, {"layer_types": ["full_attention"] * LAYERS}),
-    "kla": (KLAConfig, KLAForCausalLM, {"value_rank": "conv", "variance_rank": WIDTH // 8}),
+    "kla": (KLAConfig, KLAForCausalLM, KLA),
+    **{name: (KLAConfig, KLAForCausalLM, KLA | fields) for name, fields in STARTS.items()},
     "gka": small_lm.OURS["gka"],
 }
 # Kinds and how their output projections start, over other weights.
@@ -39,6 +46,7 @@ MODELS = {
     f"softmax attention, {SMALL:g}": ("softmax attention", SMALL),
     "kla": ("kla", 1.0),
     f"kla, {SMALL:g}": ("kla", SMALL),
+    **{name: (name, 1.0) for name in STARTS},
     **{f"gka, {factor:g}": ("gka", factor) for factor in FACTORS},
 }
 
