@@ -123,7 +123,7 @@ def two_blocks():
 STARTS = {
     "steps 0.01 to 1": {"dt_min": 0.01, "dt_max": 1.0},
     "weights 0.1": {"initializer_range": 0.1},
-    "both": {"dt_min": 0.01, "dt_max": 1.0, "initializer_range": 0.1},
+    "steps 0.01 to 1, weights 0.1": {"dt_min": 0.01, "dt_max": 1.0, "initializer_range": 0.1},
     "observation variance 1/16": {"use_observation_bias": True},
 }
 
