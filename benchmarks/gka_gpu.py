@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import importlib.metadata
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -353,6 +354,39 @@ def tune():
         print(name, sorted(found, key=lambda pair: pair[0]))
 
 
+def tune_step():
+    """Microseconds of several tokens by `step_kernel`'s part, and of a mixer's single token by layout of its states."""
+    from kalman_kernels.gka import triton_step
+
+    solver, heads, width = GKASolver("cg", 20), 16, 128
+    chosen = triton_step.first_part, triton_step.layout
+    for batch in (8, 64, 256, 1024):
+        state = settled(batch, heads, width)
+        for length in (2, 4, 8):
+            tensors, gate = step_inputs(batch, length, heads, width)
+            times = {"chosen": chosen[0](length, batch * heads, torch.bfloat16)}
+            for part in (0, 3, 4):
+                triton_step.first_part = lambda *_, part=part: part
+                call = partial(
+                    gated_kalmanet_step, *tensors, input_gate=gate, state=state, solver=solver, in_place=True
+                )
+                times[part] = round(1e3 * replayed(call)["median_ms"], 1)
+            triton_step.first_part = chosen[0]
+            print(f"{length} tokens of {batch} rows by part", times, flush=True)
+        inputs = mixer_inputs(batch, heads, width)
+        options = MixerOptions(True, True, True, width**-0.5, 1e-6)
+        times = {"chosen": chosen[1](1, batch * heads, width, True)[1:]}
+        for pieces in ((16, 16), (16, 32), (16, 64), (32, 32)):
+            triton_step.layout = lambda *_, pieces=pieces: (False, *pieces)
+            call = partial(gka_mixer_step, inputs, solver, options)
+            times[pieces] = round(1e3 * replayed(call)["median_ms"], 1)
+        triton_step.layout = chosen[1]
+        print(f"a mixer's token of {batch} rows by columns side by side", times, flush=True)
+
+
+TUNED = {"chunks": tune, "step": tune_step}
+
+
 def draw(result, folder):
     """Times over the length."""
     plot_scaling(folder / "gka_gpu_scaling.png", result["scaling"])
@@ -361,11 +395,13 @@ def draw(result, folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
-    parser.add_argument("--tune", action="store_true")
+    parser.add_argument(
+        "--tune", choices=TUNED, help="print what the options of these kernels cost, measure nothing else"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     if options.tune:
-        tune()
+        TUNED[options.tune]()
         return
     now = environment("cuda")
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):

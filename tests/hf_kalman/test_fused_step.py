@@ -46,7 +46,7 @@ def continued(model, implementation, ids, mask):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
     ("dtype", "bound", "crowded"),
-    [(torch.float32, 2e-5, False), (torch.float16, 1e-2, False), (torch.float16, 1e-2, True)],
+    [(torch.float32, 2e-5, 0), (torch.float16, 1e-2, 0), (torch.float16, 1e-2, 3), (torch.float16, 1e-2, 4)],
 )
 @pytest.mark.parametrize("gpu", [pytest.param(True, marks=pytest.mark.gpu), False])
 def test_fused_step_is_the_layer(shape, dtype, bound, crowded, gpu, monkeypatch):
@@ -54,7 +54,7 @@ def test_fused_step_is_the_layer(shape, dtype, bound, crowded, gpu, monkeypatch)
         pytest.skip("runs compiled on a GPU, interpreted elsewhere")
     if crowded:
         # As with many rows: tokens solved together, and programs that prepare several rows.
-        monkeypatch.setattr(triton_step, "first_part", lambda length, *_: 3 if length > 1 else 0)
+        monkeypatch.setattr(triton_step, "first_part", lambda length, *_: crowded if length > 1 else 0)
         monkeypatch.setattr(triton_step, "PREPARE_PROGRAMS", 1)
     model = tiny_model(["linear_attention"], **SHAPES[shape])
     with torch.no_grad():

@@ -159,7 +159,7 @@ def test_a_step_is_the_reference_and_keeps_every_state(length, part, solver, mon
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("part", [0, 1, 3])
+@pytest.mark.parametrize("part", [0, 1, 3, 4])
 @pytest.mark.parametrize(("length", "kind"), [(2, "plain"), (5, "packed+padded"), (8, "packed")])
 def test_several_half_precision_tokens(length, kind, part, dtype, monkeypatch):
     monkeypatch.setattr(triton_step, "first_part", lambda *_: part)
@@ -176,6 +176,44 @@ def test_several_half_precision_tokens(length, kind, part, dtype, monkeypatch):
     assert all(relative_error(a, b) <= 5e-7 for a, b in zip(state, exact_state, strict=True))
 
 
+@pytest.mark.parametrize("starts", [[0], [1], [0, 2, 3]])
+def test_four_tokens_at_a_time_in_young_states(starts, monkeypatch):
+    """Each new key is nearly all that its state holds."""
+    monkeypatch.setattr(triton_step, "first_part", lambda *_: 4)
+    inputs = halved(make_inputs(7, **SMALL, width=12, value_width=20), torch.float16)
+    segments = Segments(reset=torch.tensor([[n in starts for n in range(7)]]))
+    with torch.no_grad():
+        outputs, state = call(inputs, CG, segments, "triton")
+        exact, exact_state = call([t.double() for t in inputs], EXACT, segments)
+    assert relative_error(outputs, exact) <= 4e-3
+    assert all(relative_error(a, b) <= 5e-7 for a, b in zip(state, exact_state, strict=True))
+
+
+def test_four_tokens_at_a_time_keep_every_state(monkeypatch):
+    monkeypatch.setattr(triton_step, "first_part", lambda *_: 4)
+    inputs = halved(make_inputs(7, **SMALL, width=12, value_width=20), torch.float16)
+    empty = GKAState(*(torch.zeros_like(t) for t in inputs[7:]))
+    found, expected = (
+        gated_kalmanet_step(
+            *these[:5],
+            state=GKAState(*(t.to(these[5].dtype) for t in empty)),
+            key_log_decay=these[5],
+            input_gate=these[6],
+            solver=solver,
+            every_state=True,
+            implementation=implementation,
+        )
+        for these, solver, implementation in (
+            (inputs, CG, "triton"),
+            ([t.double() for t in inputs], EXACT, "reference"),
+        )
+    )
+    assert relative_error(found[0], expected[0]) <= 4e-3
+    pairs = zip((*found[1], *found[2]), (*expected[1], *expected[2]), strict=True)
+    assert all(relative_error(a, b) <= 5e-7 for a, b in pairs)
+    assert all(torch.equal(every[:, -1], last) for every, last in zip(found[2], found[1], strict=True))
+
+
 def test_tokens_are_solved_together_where_that_is_faster():
     part = triton_step.first_part
     assert part(1, 4096, torch.float16) == 0
@@ -185,8 +223,8 @@ def test_tokens_are_solved_together_where_that_is_faster():
     assert part(8, 4096, torch.float32) == 0
 
 
-@pytest.mark.parametrize("layout", [(True, 16), (False, 32), (True, 32)])
-@pytest.mark.parametrize(("length", "part"), [(1, 0), (3, 0), (3, 1), (3, 3)])
+@pytest.mark.parametrize("layout", [(True, 16, 16), (False, 32, 32), (True, 32, 16), (False, 16, 32)])
+@pytest.mark.parametrize(("length", "part"), [(1, 0), (3, 0), (3, 1), (3, 3), (3, 4)])
 def test_a_step_in_every_layout_of_its_states(length, part, layout, monkeypatch):
     monkeypatch.setattr(triton_step, "layout", lambda *_: layout)
     monkeypatch.setattr(triton_step, "first_part", lambda *_: part)
@@ -200,9 +238,9 @@ def test_a_step_in_every_layout_of_its_states(length, part, layout, monkeypatch)
 
 def test_layouts_by_width_and_heads():
     layout = triton_step.layout
-    assert [layout(1, heads, 128, False) for heads in (16, 4096)] == [(False, 16), (False, 32)]
-    assert [layout(1, heads, 64, True) for heads in (9, 4096)] == [(True, 16), (False, 16)]
-    assert layout(4, 4096, 128, False) == layout(1, 9, 32, False) == layout(1, 4096, 128, True) == (False, 16)
+    assert [layout(1, heads, 128, False) for heads in (16, 4096)] == [(False, 16, 16), (False, 32, 32)]
+    assert [layout(1, heads, 64, True) for heads in (9, 4096)] == [(True, 16, 16), (False, 16, 16)]
+    assert layout(4, 4096, 128, False) == layout(1, 9, 32, False) == layout(1, 4096, 128, True) == (False, 16, 16)
 
 
 def test_a_small_ridge_is_solved_as_well():

@@ -120,7 +120,7 @@ def test_one_token_at_a_time_is_the_whole():
 @pytest.mark.parametrize(
     ("dtype", "part"),
     [(dtype, part) for dtype in (torch.float32, torch.float16, torch.bfloat16) for part in (0, 1)]
-    + [(torch.float16, 3), (torch.bfloat16, 3)],
+    + [(dtype, part) for dtype in (torch.float16, torch.bfloat16) for part in (3, 4)],
 )
 @pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize(("length", "kind"), [(1, "plain"), (2, "plain"), (4, "packed+padded"), (8, "packed")])
@@ -142,8 +142,8 @@ def test_a_few_tokens_after_a_prefix(length, kind, part, width, dtype, monkeypat
     assert all(relative_error(a, b) <= 1e-6 for a, b in zip(after, exact_after, strict=True))
 
 
-@pytest.mark.parametrize("layout", [(True, 16), (False, 32), (True, 32)])
-@pytest.mark.parametrize(("length", "part"), [(1, 0), (4, 0), (4, 1), (4, 3)])
+@pytest.mark.parametrize("layout", [(True, 16, 16), (False, 32, 32), (True, 32, 16), (False, 16, 32)])
+@pytest.mark.parametrize(("length", "part"), [(1, 0), (4, 0), (4, 1), (4, 3), (4, 4)])
 @pytest.mark.parametrize("width", [64, 128])
 def test_a_step_in_every_layout_of_its_states(width, length, part, layout, monkeypatch):
     monkeypatch.setattr(triton_step, "layout", lambda *_: layout)

@@ -290,7 +290,7 @@ def plan(query: Tensor, value_width: int) -> Plan:
 
 
 # Launch options by kernel for widths above 64, "wide" for float32 operands; narrower ones run with 4 warps. Measured on
-# Hopper and used everywhere. To re-tune: benchmarks/gka_gpu.py --tune, then put what it prints here.
+# Hopper and used everywhere. To re-tune: benchmarks/gka_gpu.py --tune chunks, then put what it prints here.
 LAUNCH = {
     "walk": {"num_warps": 8},
     "adjoint_walk": {"num_warps": 8},

@@ -15,7 +15,18 @@ from torch import Tensor
 from ..jit import compute_capability, long, on_own_device
 from .mixer import MixerInputs, MixerOptions
 from .reference import GKASolver
-from .triton_common import TOLERANCE, filled, load_rows, power_of_two, scaled_rows, solve, store_rows, unit_rows
+from .triton_common import (
+    START,
+    TOLERANCE,
+    filled,
+    inverse_of,
+    load_rows,
+    power_of_two,
+    scaled_rows,
+    solve,
+    store_rows,
+    unit_rows,
+)
 from .triton_forward import TritonInputs, chunk_norm, decay_count, method
 
 __all__ = ["gka_triton_mixer_step", "gka_triton_step"]
@@ -25,6 +36,8 @@ __all__ = ["gka_triton_mixer_step", "gka_triton_step"]
 BLOCK_AXIS = tl.constexpr(1 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) else 0)
 # Rows of several tokens that are solved together: the least that matrix units take.
 ROOM = tl.constexpr(16)
+# So many tokens with as many right sides each fill them.
+FEW = tl.constexpr(4)
 
 
 @triton.jit
@@ -43,6 +56,12 @@ def _across(vector, PIECE: tl.constexpr):
 def _wide(vector):
     """A vector over the rows of a state, with axes for its columns."""
     return tl.expand_dims(vector[:, None], BLOCK_AXIS)
+
+
+@triton.jit
+def _columns(BLOCK: tl.constexpr, PIECE: tl.constexpr):
+    """The columns of a state, (BLOCK / PIECE, PIECE)."""
+    return tl.arange(0, BLOCK // PIECE)[:, None] * PIECE + tl.arange(0, PIECE)[None, :]
 
 
 @triton.jit
@@ -349,6 +368,195 @@ def _solve_together(
 
 
 @triton.jit
+def _add_four(a, b, c, d, e, f, g, h):
+    return a + e, b + f, c + g, d + h
+
+
+@triton.jit
+def _entering(
+    k,
+    gate,
+    log,
+    number,
+    previous,
+    input_gate,
+    decay_rate,
+    decay_bias,
+    GATED: tl.constexpr,
+    DECAYED: tl.constexpr,
+    PACKED: tl.constexpr,
+    MIXER: tl.constexpr,
+):
+    """A token's key behind its gate, and the share of a state that it keeps."""
+    if GATED:
+        k = k * _opened(gate, input_gate, MIXER)
+    keep = 1.0
+    if DECAYED:
+        keep = tl.exp(_log_kept(log, decay_rate, decay_bias, MIXER))
+    if PACKED:
+        keep = tl.where(number == previous, keep, 0.0)
+    return k, keep
+
+
+@triton.jit
+def _by_side(of_token):
+    """What every token has, (FEW, 1), or every key, (1, FEW), for the right sides of all tokens, (ROOM,)."""
+    return tl.reshape(tl.broadcast_to(of_token, (FEW, FEW)), (ROOM,))
+
+
+@triton.jit
+def _solve_by_fours(
+    gram,
+    offset,
+    mask,
+    gram_out,
+    grams,
+    query,
+    key,
+    query_stride,
+    key_stride,
+    log_decay,
+    decay_rate,
+    decay_bias,
+    solution_mix,
+    input_gate,
+    numbers,
+    mixed,
+    length,
+    heads,
+    iterations,
+    ridge,
+    tolerance,
+    MIXER: tl.constexpr,
+    DECAYED: tl.constexpr,
+    GATED: tl.constexpr,
+    MIXED: tl.constexpr,
+    PACKED: tl.constexpr,
+    EVERY: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The queries that read, of FEW tokens at a time, with one product of matrices in an iteration; the Gram states.
+
+    H_t = a_t H_0 + sum_{1 <= j <= t} c_tj k_j k_j^T ,   A_t = a_t H_0 + ridge ||H_t||_F I
+
+    with H_0 the state after the first token of the four. A_t^-1 (q_t, k_1 .. k_t) are found by conjugate gradients, all
+    tokens side by side; then the keys join them one after the other (Sherman & Morrison), j = 1 .. t:
+
+    x -= c_tj (k_j^T x) / (1 + c_tj k_j^T z) z ,   z = A_t^-1 k_j with the keys before j
+
+    Directions are rounded once and used rounded everywhere, as in `solve`; solutions stay in float32, since what a new
+    key of a young state takes away is nearly all there is. Pointers are at the first token of a row and head, those of
+    states at the states themselves.
+    """
+    token, lines, side = tl.arange(0, FEW), tl.arange(0, BLOCK), tl.arange(0, ROOM)
+    # Right side `by` of token `of`: its query, or key `by`.
+    of, by = side // FEW, side % FEW
+    column = token[None, :]
+    enough = tolerance * START * START
+    previous = 0
+    for first in range(0, length, FEW):
+        here = first + token < length
+        gates, logs, segment = _scalars(
+            input_gate, log_decay, numbers, first + token, length, heads, GATED, DECAYED, PACKED
+        )
+        asked = load_rows(query, query_stride, tl.where(by == 0, first + of, length), length, lines, WIDTH)
+        joining = (by > 0) & (by <= of) & (first + of < length)
+        joined = load_rows(key, key_stride, tl.where(joining, first + by, length), length, lines, WIDTH)
+        if GATED:
+            gates = tl.where(here, _opened(gates, input_gate, MIXER), 0.0)
+            joined = joined * _by_side(gates[None, :])[:, None]
+        right, size, there = unit_rows(asked + joined)
+        k = _vector(key, first, length, key_stride, lines, WIDTH)
+        gate, log, number = _scalars(input_gate, log_decay, numbers, first, length, heads, GATED, DECAYED, PACKED)
+        own, keep = _entering(
+            k, gate, log, number, previous, input_gate, decay_rate, decay_bias, GATED, DECAYED, PACKED, MIXER
+        )
+        largest = tl.maximum(keep * tl.max(tl.abs(gram)), tl.max(own * own, 0))
+        unit, inverse = power_of_two(2.0 * largest)
+        operand = ((gram * keep + own[:, None] * own[None, :]) * (inverse * 16384.0)).to(tl.float16)
+        unit = unit * (1.0 / 16384.0)
+        squared = tl.zeros([FEW], tl.float32)
+        for now in range(first, tl.minimum(first + FEW, length)):
+            # The next token is under way.
+            next_k = _vector(key, now + 1, length, key_stride, lines, WIDTH)
+            next_gate, next_log, next_number = _scalars(
+                input_gate, log_decay, numbers, now + 1, length, heads, GATED, DECAYED, PACKED
+            )
+            k, keep = _entering(
+                k, gate, log, number, previous, input_gate, decay_rate, decay_bias, GATED, DECAYED, PACKED, MIXER
+            )
+            gram = gram * keep + k[:, None] * k[None, :]
+            squared = tl.where(first + token == now, tl.sum(gram * gram), squared)
+            if EVERY:
+                tl.store(grams + now * heads * WIDTH * WIDTH + offset, gram, mask=mask)
+            previous = number
+            k, gate, log, number = next_k, next_gate, next_log, next_number
+        # Under way while the solve runs.
+        tl.store(gram_out + offset, gram, mask=mask)
+        if DECAYED:
+            logs = tl.where(here & (token > 0), _log_kept(logs, decay_rate, decay_bias, MIXER), 0.0)
+        else:
+            logs = tl.zeros([FEW], tl.float32)
+        logs = tl.cumsum(logs, 0)
+        into = tl.exp(logs)
+        joins = (token[:, None] >= column) & (column > 0) & here[:, None]
+        if PACKED:
+            into = tl.where(segment == tl.sum(tl.where(token == 0, segment, 0), 0), into, 0.0)
+            joins = joins & (segment[:, None] == segment[None, :])
+        weight = tl.where(joins, tl.exp(logs[:, None] - logs[None, :]), 0.0)
+        norm = tl.sqrt(squared)
+        inverse = tl.where(norm > 0, 1.0 / norm, 0.0)
+        of_gram = _by_side((into * unit * inverse)[:, None])
+        residual = right * START
+        x = tl.zeros_like(residual)
+        direction = residual.to(tl.float16)
+        rr = there * (START * START)
+        step = 0
+        busy = 1
+        while (step < iterations) & (busy > 0):
+            # Two steps: fewer looks at whether all are done.
+            for _ in tl.static_range(2):
+                wide = direction.to(tl.float32)
+                image = tl.dot(direction, operand) * of_gram[:, None] + ridge * wide
+                # All at once: threads wait for each other once.
+                rr, curvature, along, far = tl.reduce(
+                    (residual * residual, wide * image, residual * image, image * image), 1, _add_four
+                )
+                further = (rr > enough) & (curvature > 0)
+                span = tl.where(further, rr * inverse_of(curvature), 0.0)
+                x += span[:, None] * wide
+                residual -= span[:, None] * image
+                # ||residual||^2 after the step over the one before.
+                ratio = tl.where(further, 1.0 + span * (span * far - 2.0 * along) * inverse_of(rr), 0.0)
+                direction = (residual + tl.maximum(ratio, 0.0)[:, None] * wide).to(tl.float16)
+            busy = tl.max((rr > enough).to(tl.int32), 0)
+            step += 2
+        x = tl.reshape(x * (size * _by_side(inverse[:, None]) * (1.0 / START))[:, None], (FEW, FEW, BLOCK))
+        for j in tl.static_range(1, FEW):
+            k_j = _vector(key, first + j, length, key_stride, lines, WIDTH)
+            if GATED:
+                k_j = k_j * tl.sum(tl.where(token == j, gates, 0.0), 0)
+            seen = tl.sum(x * k_j[None, None, :], 2)
+            of_own = tl.sum(tl.where(column == j, seen, 0.0), 1)
+            share = tl.sum(tl.where(column == j, weight, 0.0), 1)
+            share = share / (1.0 + share * of_own)
+            z = tl.sum(tl.where((column == j)[:, :, None], x, 0.0), 1)
+            x -= (share[:, None] * seen)[:, :, None] * z[:, None, :]
+        x = tl.sum(tl.where((column == 0)[:, :, None], x, 0.0), 1)
+        if MIXED:
+            queries = load_rows(query, query_stride, first + token, length, lines, WIDTH)
+            mix = tl.load(solution_mix + (first + token) * heads, mask=here, other=0.0).to(tl.float32)
+            if MIXER:
+                mix = _sigmoid(mix, solution_mix)
+            x = queries + mix[:, None] * (x - queries)
+        store_rows(mixed, heads * WIDTH, first + token, length, lines, x, WIDTH)
+        # What this program stored above: registers are free while it solves. Nothing after the last token.
+        left = lines < tl.where(long(first) < length - FEW, WIDTH, 0)
+        gram = tl.load(gram_out + offset, mask=mask & left[:, None], other=0.0)
+
+
+@triton.jit
 def _mixed(
     gram,
     query,
@@ -417,6 +625,7 @@ def step_kernel(
     PIPELINED: tl.constexpr,
     EAGER: tl.constexpr,
     PIECE: tl.constexpr,
+    VALUE_PIECE: tl.constexpr,
     EARLY: tl.constexpr,
     PAIRED: tl.constexpr,
     MIXER: tl.constexpr,
@@ -443,22 +652,25 @@ def step_kernel(
     DECAYS: 0 none, 1 one for both states, 2 two, 3 for the value state alone. EVERY also stores all states. PART: 0 all
     of it, token after token; 1 the solves alone, one program for each token (second axis); 2 all but the solves, done
     before, one program for each state (second axis: value state and outputs, Gram state); 3 all of it, tokens solved
-    together. EARLY: the kernel before may still run until tokens are read.
-    SEVERAL: more than one token. EAGER: both states are loaded at once. PIECE: columns of a state side by side, over
-    neighbouring threads. PAIRED: parts 1 and 2 run at the same time, 2 waits for the solves. PADDED: a single token.
+    together; 4 all of it, tokens solved four at a time. EARLY: the kernel before may still run until tokens are read.
+    SEVERAL: more than one token. EAGER: both states are loaded at once. PIECE, VALUE_PIECE: columns of the Gram and
+    the value state side by side, over neighbouring threads. PAIRED: parts 1 and 2 run at the same time, 2 waits for the
+    solves. PADDED: a single token.
     CONVOLVES: queries, keys and values are raw; what `prepare_kernel` does is done here, for a single token.
     """
-    TOGETHER: tl.constexpr = PART == 3
+    TOGETHER: tl.constexpr = PART >= 3
     line = long(tl.program_id(0))
     batch, head = line // heads, line % heads
     rows, value_rows = tl.arange(0, BLOCK), tl.arange(0, VALUE_BLOCK)
-    columns = tl.arange(0, BLOCK // PIECE)[:, None] * PIECE + tl.arange(0, PIECE)[None, :]
+    columns, value_columns = _columns(BLOCK, PIECE), _columns(BLOCK, VALUE_PIECE)
     last = length - 1 if SEVERAL else 0
     updates, value_updates = last + 1, last + 1
     inside, value_inside = rows < WIDTH, value_rows < VALUE_WIDTH
     if PART == 1:
         last = tl.program_id(1)
         updates = last + 1
+    if PART == 4:
+        updates = 0
     if PART == 2:
         # Nothing of the other state.
         of_value = tl.program_id(1) == 0
@@ -494,8 +706,8 @@ def step_kernel(
     else:
         gram, offset, mask = _state(gram_at, rows, inside, columns, WIDTH)
     if EAGER & (PART != 1):
-        state, value_offset, value_mask = _state(value_at, value_rows, value_inside, columns, WIDTH)
-    if TOGETHER:
+        state, value_offset, value_mask = _state(value_at, value_rows, value_inside, value_columns, WIDTH)
+    if PART == 3:
         unit, inverse = power_of_two(tl.max(tl.abs(gram)))
         operand = (gram * (inverse * 16384.0)).to(tl.float16)
         unit = unit * (1.0 / 16384.0)
@@ -589,7 +801,40 @@ def step_kernel(
         mix_at = solution_mix + last * heads
         q = _mixed(gram, q, mix_at, iterations, ridge, tolerance, METHOD, PIPELINED, MIXED, MIXER, PIECE)
         tl.store(mixed + (place + last * heads) * WIDTH + rows, q, mask=inside)
-    if TOGETHER:
+    if PART == 4:
+        tl.static_assert(METHOD == 1, "conjugate gradients alone")
+        _solve_by_fours(
+            gram,
+            offset,
+            mask,
+            gram_out + line * WIDTH * WIDTH,
+            grams + place * WIDTH * WIDTH,
+            query,
+            key,
+            query_heads * WIDTH,
+            key_heads * WIDTH,
+            of_gram,
+            decay_rate,
+            decay_bias,
+            solution_mix,
+            input_gate,
+            numbers,
+            mixed + place * WIDTH,
+            length,
+            heads,
+            iterations,
+            ridge,
+            tolerance,
+            MIXER,
+            DECAYED,
+            GATED,
+            MIXED,
+            PACKED,
+            EVERY,
+            WIDTH,
+            BLOCK,
+        )
+    if PART == 3:
         _solve_together(
             operand,
             unit,
@@ -620,26 +865,26 @@ def step_kernel(
         )
     if PART != 1:
         if not EAGER:
-            state, value_offset, value_mask = _state(value_at, value_rows, value_inside, columns, WIDTH)
+            state, value_offset, value_mask = _state(value_at, value_rows, value_inside, value_columns, WIDTH)
         previous = 0
         reads = mixed + place * WIDTH
         if MIXER:
             weight = tl.load(norm_weight + value_rows, mask=value_inside, other=0.0).to(tl.float32)
         if SEVERAL:
-            writing = _vector(key, 0, length, key_heads * WIDTH, columns, WIDTH)
+            writing = _vector(key, 0, length, key_heads * WIDTH, value_columns, WIDTH)
             v, value_gate, value_log, value_number, opening = _written(
                 tokens, 0, GATED, DECAYS > 0, PACKED, OPENED, VALUE_WIDTH
             )
             if PAIRED:
                 tl.extra.cuda.gdc_wait()
             tl.debug_barrier()
-            reading = _vector(reads, 0, length, heads * WIDTH, columns, WIDTH)
+            reading = _vector(reads, 0, length, heads * WIDTH, value_columns, WIDTH)
         else:
-            reading, writing = tl.reshape(q, columns.shape), tl.reshape(k, columns.shape)
+            reading, writing = tl.reshape(q, value_columns.shape), tl.reshape(k, value_columns.shape)
         for token in range(0, value_updates):
             if SEVERAL:
-                next_reading = _vector(reads, token + 1, length, heads * WIDTH, columns, WIDTH)
-                next_writing = _vector(key, token + 1, length, key_heads * WIDTH, columns, WIDTH)
+                next_reading = _vector(reads, token + 1, length, heads * WIDTH, value_columns, WIDTH)
+                next_writing = _vector(key, token + 1, length, key_heads * WIDTH, value_columns, WIDTH)
                 next_v, next_gate, next_log, next_number, next_opening = _written(
                     tokens, token + 1, GATED, DECAYS > 0, PACKED, OPENED, VALUE_WIDTH
                 )
@@ -1018,12 +1263,13 @@ def convolves(length: int, heads: int, convolved: tuple[int, ...]) -> bool:
     return length == 1 and all(count == heads for count in convolved)
 
 
-def layout(length: int, programs: int, widest: int, convolving: bool) -> tuple[bool, int]:
-    """`step_kernel`'s EAGER, which comes with twice the warps, and PIECE for the tokens of `programs` heads."""
+def layout(length: int, programs: int, widest: int, convolving: bool) -> tuple[bool, int, int]:
+    """`step_kernel`'s EAGER, which comes with twice the warps, PIECE and VALUE_PIECE for tokens of `programs` heads."""
     eager = widest == 64 and programs <= EAGER_PROGRAMS
     # A step that convolves, too, has no registers left for it.
     lined = length == 1 and widest == 128 and programs >= LINED_PROGRAMS and not convolving
-    return eager, 32 if lined else 16
+    piece = 32 if lined else 16
+    return eager, piece, piece
 
 
 def _launch(tokens, gates, numbers, valid, surroundings, states, outputs, heads, solver, scale, eps, options) -> None:
@@ -1031,7 +1277,7 @@ def _launch(tokens, gates, numbers, valid, surroundings, states, outputs, heads,
     batch, length, query_heads, width = query.shape
     block, value_block = filled(width), filled(value.shape[-1])
     programs, widest = batch * heads, max(block, value_block)
-    eager, piece = layout(length, programs, widest, options["CONVOLVES"])
+    eager, piece, value_piece = layout(length, programs, widest, options["CONVOLVES"])
     # What reads of every token; a single one keeps it in registers.
     mixed = torch.empty(batch, length if length > 1 else 0, heads, width, dtype=torch.float32, device=query.device)
     constants = {
@@ -1041,6 +1287,7 @@ def _launch(tokens, gates, numbers, valid, surroundings, states, outputs, heads,
         "PAIRED": False,
         "EAGER": eager,
         "PIECE": min(block, piece),
+        "VALUE_PIECE": min(block, value_piece),
         "GATED": gates[3] is not None,
         "MIXED": gates[2] is not None,
         "OUTPUT_GATED": gates[4] is not None,
