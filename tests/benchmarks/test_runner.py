@@ -84,6 +84,14 @@ def test_our_mixers_start_as_the_package_starts_them(name, config, model):
     assert found.keys() == wanted.keys() and all(torch.equal(found[k], wanted[k]) for k in wanted)
 
 
+def test_outputs_of_mixers_start_as_wide_as_asked_for():
+    cells = [Cell("kla", "recall", Size(width=32, head=16, layers=2, mlp=8, outputs=f)) for f in (1.0, 0.1)]
+    wide, narrow = (build(cell, TASK, 3).state_dict() for cell in cells)
+    scaled = {name for name in wide if not torch.equal(wide[name], narrow[name])}
+    assert scaled == {f"blocks.{n}.mixer.o_proj.weight" for n in range(2)}
+    assert all(torch.equal(0.1 * wide[name], narrow[name]) for name in scaled)
+
+
 def test_compression_reads_the_last_state_alone():
     task = Mad("compress")
     net = build(Cell("attention", "compress", SIZE), task, 0)

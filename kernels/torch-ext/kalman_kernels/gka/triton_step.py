@@ -553,6 +553,7 @@ def _solve_by_fours(
         store_rows(mixed, heads * WIDTH, first + token, length, lines, x, WIDTH)
         # What this program stored above: registers are free while it solves. Nothing after the last token.
         left = lines < tl.where(long(first) < length - FEW, WIDTH, 0)
+        tl.debug_barrier()
         gram = tl.load(gram_out + offset, mask=mask & left[:, None], other=0.0)
 
 
