@@ -355,24 +355,25 @@ def tune():
 
 
 def tune_step():
-    """Microseconds of several tokens by `step_kernel`'s part, and of a mixer's single token by layout of its states."""
+    """Microseconds of several tokens by `step_kernel`'s part and warps, of a mixer's token by layout of its states."""
     from kalman_kernels.gka import triton_step
 
     solver, heads, width = GKASolver("cg", 20), 16, 128
-    chosen = triton_step.first_part, triton_step.layout
+    chosen = triton_step.first_part, triton_step.layout, triton_step.WARPS
     for batch in (8, 64, 256, 1024):
         state = settled(batch, heads, width)
         for length in (2, 4, 8):
             tensors, gate = step_inputs(batch, length, heads, width)
             times = {"chosen": chosen[0](length, batch * heads, torch.bfloat16)}
-            for part in (0, 3, 4):
+            for part, warps in ((0, 4), (3, 4), (4, 4), (4, 8)):
                 triton_step.first_part = lambda *_, part=part: part
+                triton_step.WARPS = chosen[2] | {width: warps}
                 call = partial(
                     gated_kalmanet_step, *tensors, input_gate=gate, state=state, solver=solver, in_place=True
                 )
-                times[part] = round(1e3 * replayed(call)["median_ms"], 1)
-            triton_step.first_part = chosen[0]
-            print(f"{length} tokens of {batch} rows by part", times, flush=True)
+                times[part, warps] = round(1e3 * replayed(call)["median_ms"], 1)
+            triton_step.first_part, triton_step.WARPS = chosen[0], chosen[2]
+            print(f"{length} tokens of {batch} rows by part and warps", times, flush=True)
         inputs = mixer_inputs(batch, heads, width)
         options = MixerOptions(True, True, True, width**-0.5, 1e-6)
         times = {"chosen": chosen[1](1, batch * heads, width, True)[1:]}
