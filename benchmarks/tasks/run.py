@@ -340,6 +340,7 @@ def draw(result, folder, name):
             else:
                 values = along(cell)
                 axis.plot(range(1, len(values) + 1), values, **style)
+                axis.set_xticks(range(0, len(values) + 1, max(1, len(values) // 8)))
                 axis.set(xlabel="elements of the word", title=f"{size} block{'s' if size > 1 else ''}")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("accuracy")
