@@ -355,34 +355,35 @@ def tune():
 
 
 def tune_step():
-    """Microseconds of several tokens by `step_kernel`'s part and warps, of a mixer's token by layout of its states."""
+    """Microseconds of several tokens by `step_kernel`'s part, warps and VALUE_PIECE, of a mixer's by its two PIECEs."""
     from kalman_kernels.gka import triton_step
 
     solver, heads, width = GKASolver("cg", 20), 16, 128
-    chosen = triton_step.first_part, triton_step.layout, triton_step.WARPS
+    chosen = {name: getattr(triton_step, name) for name in ("first_part", "layout", "WARPS")}
+
+    def microseconds(call, part, warps, *pieces):
+        triton_step.first_part, triton_step.layout = (lambda *_: part), (lambda *_: (False, *pieces))
+        triton_step.WARPS = chosen["WARPS"] | {width: warps}
+        try:
+            return round(1e3 * replayed(call)["median_ms"], 1)
+        finally:
+            vars(triton_step).update(chosen)
+
     for batch in (8, 64, 256, 1024):
         state = settled(batch, heads, width)
         for length in (2, 4, 8):
             tensors, gate = step_inputs(batch, length, heads, width)
-            times = {"chosen": chosen[0](length, batch * heads, torch.bfloat16)}
-            for part, warps in ((0, 4), (3, 4), (4, 4), (4, 8)):
-                triton_step.first_part = lambda *_, part=part: part
-                triton_step.WARPS = chosen[2] | {width: warps}
-                call = partial(
-                    gated_kalmanet_step, *tensors, input_gate=gate, state=state, solver=solver, in_place=True
-                )
-                times[part, warps] = round(1e3 * replayed(call)["median_ms"], 1)
-            triton_step.first_part, triton_step.WARPS = chosen[0], chosen[2]
-            print(f"{length} tokens of {batch} rows by part and warps", times, flush=True)
-        inputs = mixer_inputs(batch, heads, width)
-        options = MixerOptions(True, True, True, width**-0.5, 1e-6)
-        times = {"chosen": chosen[1](1, batch * heads, width, True)[1:]}
-        for pieces in ((16, 16), (16, 32), (16, 64), (32, 32)):
-            triton_step.layout = lambda *_, pieces=pieces: (False, *pieces)
-            call = partial(gka_mixer_step, inputs, solver, options)
-            times[pieces] = round(1e3 * replayed(call)["median_ms"], 1)
-        triton_step.layout = chosen[1]
-        print(f"a mixer's token of {batch} rows by columns side by side", times, flush=True)
+            call = partial(gated_kalmanet_step, *tensors, input_gate=gate, state=state, solver=solver, in_place=True)
+            times = {
+                (part, warps, piece): microseconds(call, part, warps, 16, piece)
+                for part, warps, piece in ((0, 4, 16), (3, 4, 16), (4, 4, 16), (4, 4, 32), (4, 8, 16), (4, 8, 32))
+            }
+            print(f"{length} tokens of {batch} rows", times, flush=True)
+        call = partial(
+            gka_mixer_step, mixer_inputs(batch, heads, width), solver, MixerOptions(True, True, True, width**-0.5, 1e-6)
+        )
+        pieces = ((16, 16), (16, 32), (16, 64), (32, 32))
+        print(f"a mixer's token of {batch} rows", {p: microseconds(call, 0, 4, *p) for p in pieces}, flush=True)
 
 
 TUNED = {"chunks": tune, "step": tune_step}
