@@ -189,6 +189,27 @@ def test_four_tokens_at_a_time_in_young_states(starts, monkeypatch):
     assert all(relative_error(a, b) <= 5e-7 for a, b in zip(state, exact_state, strict=True))
 
 
+def test_four_tokens_at_a_time_after_one_that_keeps_nothing(monkeypatch):
+    monkeypatch.setattr(triton_step, "first_part", lambda *_: 4)
+    inputs = halved(make_inputs(6, **SMALL, width=12, value_width=20), torch.float16)
+    for n in (3, 5):
+        inputs[n] = inputs[n].float()
+        inputs[n][:, 1], inputs[n][:, 2:] = -1e9, -0.7
+    with torch.no_grad():
+        outputs, state = call(inputs, CG, None, "triton")
+        exact, exact_state = call([t.double() for t in inputs], EXACT, None)
+    assert relative_error(outputs, exact) <= 4e-3
+    assert all(relative_error(a, b) <= 5e-7 for a, b in zip(state, exact_state, strict=True))
+
+
+def test_four_tokens_at_a_time_take_no_more_iterations_than_allowed(monkeypatch):
+    monkeypatch.setattr(triton_step, "first_part", lambda *_: 4)
+    inputs = halved(make_inputs(4, **SMALL, width=30), torch.float16)
+    with torch.no_grad():
+        found = [call(inputs, GKASolver("cg", n), None, "triton")[0] for n in (2, 3, 4)]
+    assert not torch.equal(found[0], found[1]) and not torch.equal(found[1], found[2])
+
+
 def test_four_tokens_at_a_time_keep_every_state(monkeypatch):
     monkeypatch.setattr(triton_step, "first_part", lambda *_: 4)
     inputs = halved(make_inputs(7, **SMALL, width=12, value_width=20), torch.float16)

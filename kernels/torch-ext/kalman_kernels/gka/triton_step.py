@@ -494,17 +494,14 @@ def _solve_by_fours(
             k, gate, log, number = next_k, next_gate, next_log, next_number
         # Under way while the solve runs.
         tl.store(gram_out + offset, gram, mask=mask)
-        if DECAYED:
-            logs = tl.where(here & (token > 0), _log_kept(logs, decay_rate, decay_bias, MIXER), 0.0)
-        else:
-            logs = tl.zeros([FEW], tl.float32)
-        logs = tl.cumsum(logs, 0)
-        into = tl.exp(logs)
-        joins = (token[:, None] >= column) & (column > 0) & here[:, None]
+        logs = _log_kept(logs, decay_rate, decay_bias, MIXER) if DECAYED else tl.zeros([FEW], tl.float32)
+        # What a token (first axis) keeps of an earlier one or itself, summed anew for each: small decays behind a token
+        # that keeps next to nothing are not lost. Right sides of later keys are zeros.
+        after = (token[None, None, :] > token[None, :, None]) & (token[None, None, :] <= token[:, None, None])
+        kept = tl.exp(tl.sum(tl.where(after, logs[None, None, :], 0.0), 2))
         if PACKED:
-            into = tl.where(segment == tl.sum(tl.where(token == 0, segment, 0), 0), into, 0.0)
-            joins = joins & (segment[:, None] == segment[None, :])
-        weight = tl.where(joins, tl.exp(logs[:, None] - logs[None, :]), 0.0)
+            kept = tl.where(segment[:, None] == segment[None, :], kept, 0.0)
+        into = tl.sum(tl.where(column == 0, kept, 0.0), 1)
         norm = tl.sqrt(squared)
         inverse = tl.where(norm > 0, 1.0 / norm, 0.0)
         of_gram = _by_side((into * unit * inverse)[:, None])
@@ -516,14 +513,14 @@ def _solve_by_fours(
         busy = 1
         while (step < iterations) & (busy > 0):
             # Two steps: fewer looks at whether all are done.
-            for _ in tl.static_range(2):
+            for further_step in tl.static_range(2):
                 wide = direction.to(tl.float32)
                 image = tl.dot(direction, operand) * of_gram[:, None] + ridge * wide
                 # All at once: threads wait for each other once.
                 rr, curvature, along, far = tl.reduce(
                     (residual * residual, wide * image, residual * image, image * image), 1, _add_four
                 )
-                further = (rr > enough) & (curvature > 0)
+                further = (rr > enough) & (curvature > 0) & (step + further_step < iterations)
                 span = tl.where(further, rr * inverse_of(curvature), 0.0)
                 x += span[:, None] * wide
                 residual -= span[:, None] * image
@@ -539,7 +536,7 @@ def _solve_by_fours(
                 k_j = k_j * tl.sum(tl.where(token == j, gates, 0.0), 0)
             seen = tl.sum(x * k_j[None, None, :], 2)
             of_own = tl.sum(tl.where(column == j, seen, 0.0), 1)
-            share = tl.sum(tl.where(column == j, weight, 0.0), 1)
+            share = tl.sum(tl.where(column == j, kept, 0.0), 1)
             share = share / (1.0 + share * of_own)
             z = tl.sum(tl.where((column == j)[:, :, None], x, 0.0), 1)
             x -= (share[:, None] * seen)[:, :, None] * z[:, None, :]
