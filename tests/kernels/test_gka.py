@@ -292,6 +292,28 @@ def test_strong_decay_neither_overflows_nor_loses_gradients():
     } == {}
 
 
+@pytest.mark.parametrize("nothing", [-1e9, -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_token_that_keeps_nothing_starts_anew(nothing, dtype):
+    """Small decays behind it count, and nothing is NaN."""
+    inputs = [t.to(dtype) for t in make_inputs(21)]
+    for index in (3, 5):
+        inputs[index][:, 7] = nothing
+    cotangents = make_cotangents(inputs)
+    fast, exact = (
+        gradients([t.to(d) for t in inputs], [c.to(d) for c in cotangents], solver=EXACT, implementation=i)
+        for i, d in (("torch", dtype), ("reference", torch.float64))
+    )
+    outputs, expected = (
+        gated_kalmanet(*these[:5], key_log_decay=these[5], input_gate=these[6], solver=EXACT, implementation=i)[0]
+        for these, i in ((inputs, "torch"), ([t.double() for t in inputs], "reference"))
+    )
+    bound = 1e-9 if dtype == torch.float64 else 2e-4
+    found = {"outputs": relative_error(outputs, expected)}
+    found |= {n: relative_error(a, b) for n, a, b in zip(NAMES, fast, exact, strict=True)}
+    assert {n: e for n, e in found.items() if not e <= bound} == {}
+
+
 # 5. Memory and compilation.
 
 

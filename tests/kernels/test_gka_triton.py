@@ -176,6 +176,21 @@ def test_several_half_precision_tokens(length, kind, part, dtype, monkeypatch):
     assert all(relative_error(a, b) <= 5e-7 for a, b in zip(state, exact_state, strict=True))
 
 
+@pytest.mark.parametrize("part", [0, 1, 3, 4])
+@pytest.mark.parametrize("nothing", [-1e9, -float("inf")])
+def test_several_tokens_after_one_that_keeps_nothing(nothing, part, monkeypatch):
+    monkeypatch.setattr(triton_step, "first_part", lambda *_: part)
+    inputs = halved(make_inputs(6, **SMALL, width=12, value_width=20), torch.float16)
+    for log_decay in (inputs[3], inputs[5]):
+        log_decay[:, 1], log_decay[:, 2:] = nothing, -0.7
+    with torch.no_grad():
+        outputs, state = call(inputs, CG, None, "triton")
+        exact, exact_state = call([t.double() for t in inputs], EXACT, None, "reference")
+    # A chunk of rows in half precision: 1e-2.
+    assert relative_error(outputs, exact) <= (2e-2 if part == 3 else 4e-3)
+    assert all(relative_error(a, b) <= 5e-7 for a, b in zip(state, exact_state, strict=True))
+
+
 @pytest.mark.parametrize("starts", [[0], [1], [0, 2, 3]])
 def test_four_tokens_at_a_time_in_young_states(starts, monkeypatch):
     """Each new key is nearly all that its state holds."""
@@ -185,19 +200,6 @@ def test_four_tokens_at_a_time_in_young_states(starts, monkeypatch):
     with torch.no_grad():
         outputs, state = call(inputs, CG, segments, "triton")
         exact, exact_state = call([t.double() for t in inputs], EXACT, segments)
-    assert relative_error(outputs, exact) <= 4e-3
-    assert all(relative_error(a, b) <= 5e-7 for a, b in zip(state, exact_state, strict=True))
-
-
-def test_four_tokens_at_a_time_after_one_that_keeps_nothing(monkeypatch):
-    monkeypatch.setattr(triton_step, "first_part", lambda *_: 4)
-    inputs = halved(make_inputs(6, **SMALL, width=12, value_width=20), torch.float16)
-    for n in (3, 5):
-        inputs[n] = inputs[n].float()
-        inputs[n][:, 1], inputs[n][:, 2:] = -1e9, -0.7
-    with torch.no_grad():
-        outputs, state = call(inputs, CG, None, "triton")
-        exact, exact_state = call([t.double() for t in inputs], EXACT, None)
     assert relative_error(outputs, exact) <= 4e-3
     assert all(relative_error(a, b) <= 5e-7 for a, b in zip(state, exact_state, strict=True))
 
@@ -387,7 +389,7 @@ def test_the_registered_mixer_step_is_well_formed_and_counts_versions():
         gka_mixer_step(inputs._replace(value=inputs.value.requires_grad_()), CG, options).sum().backward()
 
 
-@pytest.mark.parametrize("decay", [-50.0, -60.0, -70.0, -80.0, -86.0])
+@pytest.mark.parametrize("decay", [-50.0, -60.0, -70.0, -80.0, -86.0, -1e9, -float("inf")])
 def test_a_decay_that_forgets_nearly_everything(decay):
     """States and weights of 1e-30 and less neither overflow their scales nor spoil what is large beside them."""
     inputs = halved(make_inputs(48, **SMALL), torch.float16)

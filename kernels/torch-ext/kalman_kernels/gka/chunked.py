@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .limits import LEAST_LOG_DECAY
 from .reference import CG_FLOOR, GKASolver, solve_ridge
 
 __all__ = ["Inputs", "block_count", "gka_chunked_backward", "gka_chunked_forward", "gka_step"]
@@ -55,7 +56,7 @@ class _Decay(NamedTuple):
 
 def _decay(log_decay: Tensor, numbers: Tensor | None, before: Tensor | None) -> _Decay:
     """`log_decay` (B, H, n, C); `numbers` (B, 1, n, C) and `before` (B, 1, n): the segment before each chunk."""
-    b = log_decay.cumsum(-1)
+    b = log_decay.clamp_min(LEAST_LOG_DECAY).cumsum(-1)
     difference = b[..., :, None] - b[..., None, :]
     allowed = torch.ones(b.shape[-1], b.shape[-1], dtype=torch.bool, device=b.device).tril()
     carry_in, carry_out, through = b.exp(), (b[..., -1:] - b).exp(), b[..., -1].exp()

@@ -6,7 +6,10 @@ import torch
 
 from .reference import GKASolver
 
-__all__ = ["MAX_STEP", "MAX_WIDTH", "refusal"]
+__all__ = ["LEAST_LOG_DECAY", "MAX_STEP", "MAX_WIDTH", "refusal"]
+
+# Decays count from here on: e^-100 is nothing beside 1 in any dtype, and sums with it still have the digits of others.
+LEAST_LOG_DECAY = -100.0
 
 # Of keys and values.
 MAX_WIDTH = 128

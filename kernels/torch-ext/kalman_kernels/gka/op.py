@@ -55,7 +55,8 @@ def gated_kalmanet(
         query: (B, T, H, Dk), any float dtype, T >= 1. Keys of norm about 1 are the usual case, nothing requires it.
         key: (B, T, G, Dk), G divides H; query head h reads head h // (H / G). Never repeated over time in memory.
         value: (B, T, Gv, Dv), Gv divides H.
-        log_decay: (B, T, H), <= 0, natural log of what the value state keeps at each step; no decay when None.
+        log_decay: (B, T, H), <= 0, natural log of what the value state keeps at each step, nothing at -inf; no decay
+            when None.
         solution_mix: (B, T, H) in [0, 1]; 1 (pure ridge regression) when None, 0 is gated linear attention.
         key_log_decay: (B, T, H), the same for the Gram matrix; `log_decay` when None.
         input_gate: (B, T, H), factor on key and value of each query head; 1 when None.

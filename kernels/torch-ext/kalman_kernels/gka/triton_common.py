@@ -21,11 +21,13 @@ from torch import Tensor
 
 from ..dispatch import INTERPRETED
 from ..jit import compute_capability
+from .limits import LEAST_LOG_DECAY
 from .reference import CG_FLOOR
 
 METHODS = {"none": 0, "cg": 1, "chebyshev": 2}
 # Norm of a right side inside the solver.
 START = tl.constexpr(32.0)
+LEAST = tl.constexpr(LEAST_LOG_DECAY)
 # What is smaller underflows gradually: inverses of scales stay finite when powers of two are multiplied onto them.
 TINY = tl.constexpr(2.0**-100)
 
@@ -55,6 +57,12 @@ def unit_rows(tile):
     """(rows of norm 1, their norms, 1.0) of a float32 tile; rows of zeros stay, their last is 0.0."""
     size = tl.sqrt(tl.sum(tile * tile, 1))
     return tile * tl.where(size > 0, 1.0 / size, 0.0)[:, None], size, tl.where(size > 0, 1.0, 0.0)
+
+
+@triton.jit
+def counted(log_decay):
+    """A log decay from where it counts on; NaN stays."""
+    return tl.where(log_decay < LEAST, LEAST, log_decay)
 
 
 @triton.jit

@@ -21,6 +21,7 @@ from .triton_common import (
     METHODS,
     Plan,
     carries,
+    counted,
     dot,
     launch,
     launch_walk,
@@ -72,11 +73,11 @@ def gates_kernel(
     mask = (head < heads)[None, :]
     decay = tl.zeros((CHUNK, HEADS), tl.float32)
     if DECAYS > 0:
-        decay = tl.load(log_decay + read, mask=inside, other=0.0).to(tl.float32) * 1.4426950408889634
+        decay = counted(tl.load(log_decay + read, mask=inside, other=0.0).to(tl.float32)) * 1.4426950408889634
         decay = tl.cumsum(decay, 0)
     tl.store(gates + planes + written, decay, mask=mask)
     if DECAYS > 1:
-        decay = tl.load(key_log_decay + read, mask=inside, other=0.0).to(tl.float32) * 1.4426950408889634
+        decay = counted(tl.load(key_log_decay + read, mask=inside, other=0.0).to(tl.float32)) * 1.4426950408889634
         decay = tl.cumsum(decay, 0)
     tl.store(gates + written, decay, mask=mask)
     gate = tl.where(inside, 1.0, 0.0)

@@ -18,6 +18,7 @@ from .reference import GKASolver
 from .triton_common import (
     START,
     TOLERANCE,
+    counted,
     filled,
     inverse_of,
     load_rows,
@@ -326,7 +327,7 @@ def _solve_together(
     if GATED:
         keys = keys * _opened(gate, input_gate, MIXER)[:, None]
     if DECAYED:
-        log = tl.where(here, _log_kept(log, decay_rate, decay_bias, MIXER), 0.0)
+        log = tl.where(here, counted(_log_kept(log, decay_rate, decay_bias, MIXER)), 0.0)
     else:
         log = tl.zeros([ROOM], tl.float32)
     log = tl.cumsum(log, 0)
