@@ -19,7 +19,7 @@ from pathlib import Path
 import small_lm
 import torch
 from record import RESULTS, continued, environment, write
-from registry import start_outputs, weight_decay_groups
+from registry import KLA_STARTS, start_outputs, weight_decay_groups
 
 from hf_kalman import GKAConfig, GKAForCausalLM, KLAConfig, KLAForCausalLM
 
@@ -29,11 +29,7 @@ from runner import run_all  # noqa: E402
 WIDTH, LAYERS, WINDOW, BATCH, STEPS, RATE, SEEDS, HELD = 192, 4, 256, 8, 150, 2e-3, 2, 32
 FACTORS, SMALL = (1.0, 0.3, 0.1, 0.03, 0.0), 0.03
 KLA = {"value_rank": "conv", "variance_rank": WIDTH // 8}
-# What else KLA can start from, as in the word problems of `tasks/run.py`.
-STARTS = {
-    "kla, steps 0.01 to 1": {"dt_min": 0.01, "dt_max": 1.0},
-    "kla, observation variance 1/16": {"use_observation_bias": True},
-}
+STARTS = {f"kla, {name}": KLA_STARTS[name] for name in ("steps 0.01 to 1", "observation variance 1/16")}
 KINDS = {
     "softmax attention": (GKAConfig, GKAForCausalLM, {"layer_types": ["full_attention"] * LAYERS}),
     "kla": (KLAConfig, KLAForCausalLM, KLA),

@@ -179,6 +179,13 @@ MIXERS = {
 }
 OURS = ("gka", "kla")
 MODELS = tuple(name for name in MIXERS if name != "delta_product")
+# What KLA starts from; as published it is steps of 0.001 to 0.1 and weights from N(0, 0.02^2).
+KLA_STARTS = {
+    "steps 0.01 to 1": {"dt_min": 0.01, "dt_max": 1.0},
+    "weights 0.1": {"initializer_range": 0.1},
+    "steps 0.01 to 1, weights 0.1": {"dt_min": 0.01, "dt_max": 1.0, "initializer_range": 0.1},
+    "observation variance 1/16": {"use_observation_bias": True},
+}
 
 
 class Block(nn.Module):

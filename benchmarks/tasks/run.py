@@ -29,7 +29,7 @@ import torch
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 from record import RESULTS, continued, drawing, note_run, write  # noqa: E402
-from registry import MIXERS, MODELS, OURS, Cell, Size  # noqa: E402
+from registry import KLA_STARTS, MIXERS, MODELS, OURS, Cell, Size  # noqa: E402
 from runner import best_rate, run_all, run_cells  # noqa: E402
 from sequences import Mad, Recall, Word  # noqa: E402
 
@@ -119,22 +119,13 @@ def two_blocks():
     return Study(tuple(cells), {"A5": tracked("A5", 16)}, 2**19, 2048)
 
 
-# What KLA starts from; as published it is steps of 0.001 to 0.1 and weights from N(0, 0.02^2).
-STARTS = {
-    "steps 0.01 to 1": {"dt_min": 0.01, "dt_max": 1.0},
-    "weights 0.1": {"initializer_range": 0.1},
-    "steps 0.01 to 1, weights 0.1": {"dt_min": 0.01, "dt_max": 1.0, "initializer_range": 0.1},
-    "observation variance 1/16": {"use_observation_bias": True},
-}
-
-
 def starts():
     """A5, words of 16, two and four blocks: KLA from other starts."""
     size = Size(mlp=256, batch=512, steps=8000, rates=(3e-3,), seeds=2)
     cells = []
     for layers in (4, 2):
         at = replace(size, layers=layers)
-        cells += [Cell("kla", "A5", replace(at, fields=fields), f"kla: {name}") for name, fields in STARTS.items()]
+        cells += [Cell("kla", "A5", replace(at, fields=fields), f"kla: {name}") for name, fields in KLA_STARTS.items()]
         cells.append(Cell("kla", "A5", replace(at, outputs=0.1), "kla: outputs of mixers 0.1"))
     return Study(tuple(cells), {"A5": tracked("A5", 16)}, 2**19, 2048)
 
@@ -174,7 +165,7 @@ def ablations():
         ("kla", "zero-order hold"): {"discretization": "zoh"},
         ("kla", "no process noise"): {"process_noise": "none"},
         **{("kla", f"state {n}"): {"linear_state_size": n} for n in (4, 8, 32, 64)},
-        **{("kla", f"start with {name}"): STARTS[name] for name in ("steps 0.01 to 1", "weights 0.1")},
+        **{("kla", f"start with {name}"): KLA_STARTS[name] for name in ("steps 0.01 to 1", "weights 0.1")},
     }
     rates = {"gka": 3e-3, "kla": 1e-2}
     cells = tuple(

@@ -287,6 +287,15 @@ def _written(
 
 
 @triton.jit
+def _with_share(x, queries, mix_at, here, MIXER: tl.constexpr):
+    """Rows that read: queries with a share of their solutions; MIXER: stored before its sigmoid."""
+    mix = tl.load(mix_at, mask=here, other=0.0).to(tl.float32)
+    if MIXER:
+        mix = _sigmoid(mix, mix_at)
+    return queries + mix[:, None] * (x - queries)
+
+
+@triton.jit
 def _solve_together(
     operand,
     unit,
@@ -361,10 +370,7 @@ def _solve_together(
     )
     x = x * (size * inverse)[:, None]
     if MIXED:
-        mix = tl.load(solution_mix + token * heads, mask=here, other=0.0).to(tl.float32)
-        if MIXER:
-            mix = _sigmoid(mix, solution_mix)
-        x = queries + mix[:, None] * (x - queries)
+        x = _with_share(x, queries, solution_mix + token * heads, here, MIXER)
     store_rows(mixed, heads * WIDTH, token, length, lines, x, WIDTH)
 
 
@@ -544,10 +550,7 @@ def _solve_by_fours(
         x = tl.sum(tl.where((column == 0)[:, :, None], x, 0.0), 1)
         if MIXED:
             queries = load_rows(query, query_stride, first + token, length, lines, WIDTH)
-            mix = tl.load(solution_mix + (first + token) * heads, mask=here, other=0.0).to(tl.float32)
-            if MIXER:
-                mix = _sigmoid(mix, solution_mix)
-            x = queries + mix[:, None] * (x - queries)
+            x = _with_share(x, queries, solution_mix + (first + token) * heads, here, MIXER)
         store_rows(mixed, heads * WIDTH, first + token, length, lines, x, WIDTH)
         # What this program stored above: registers are free while it solves. Nothing after the last token.
         left = lines < tl.where(long(first) < length - FEW, WIDTH, 0)
@@ -769,13 +772,10 @@ def step_kernel(
             )
         if (PART < 2) & (not CONVOLVES):
             q = _vector(query, token, length, query_heads * WIDTH, rows, WIDTH)
-        if GATED:
-            k = k * _opened(gate, input_gate, MIXER)
-        keep = 1.0
-        if DECAYED:
-            keep = tl.exp(_log_kept(log, decay_rate, decay_bias, MIXER))
+        k, keep = _entering(
+            k, gate, log, number, previous, input_gate, decay_rate, decay_bias, GATED, DECAYED, PACKED, MIXER
+        )
         if PACKED:
-            keep = tl.where(number == previous, keep, 0.0)
             previous = number
         if PADDED:
             k, q, keep = tl.where(there, k, 0.0), tl.where(there, q, 0.0), tl.where(there, keep, 1.0)
