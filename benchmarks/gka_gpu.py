@@ -355,15 +355,15 @@ def tune():
 
 
 def tune_step():
-    """Microseconds of several tokens by `step_kernel`'s part, warps and VALUE_PIECE, of a mixer's by its two PIECEs."""
+    """Microseconds of several tokens by the way they are taken, of one by how long programs wait to take turns."""
     from kalman_kernels.gka import triton_step
 
     solver, heads, width = GKASolver("cg", 20), 16, 128
-    chosen = {name: getattr(triton_step, name) for name in ("first_part", "layout", "WARPS")}
+    chosen = {name: getattr(triton_step, name) for name in ("way", "turns")}
+    processors = torch.cuda.get_device_properties("cuda").multi_processor_count
 
-    def microseconds(call, part, warps, *pieces):
-        triton_step.first_part, triton_step.layout = (lambda *_: part), (lambda *_: (False, *pieces))
-        triton_step.WARPS = chosen["WARPS"] | {width: warps}
+    def microseconds(call, **changes):
+        vars(triton_step).update({name: lambda *_, value=value: value for name, value in changes.items()})
         try:
             return round(1e3 * replayed(call)["median_ms"], 1)
         finally:
@@ -371,19 +371,16 @@ def tune_step():
 
     for batch in (8, 64, 256, 1024):
         state = settled(batch, heads, width)
-        for length in (2, 4, 8):
+        for length in (2, 3, 4, 8):
             tensors, gate = step_inputs(batch, length, heads, width)
             call = partial(gated_kalmanet_step, *tensors, input_gate=gate, state=state, solver=solver, in_place=True)
-            times = {
-                (part, warps, piece): microseconds(call, part, warps, 16, piece)
-                for part, warps, piece in ((0, 4, 16), (3, 4, 16), (4, 4, 16), (4, 4, 32), (4, 8, 16), (4, 8, 32))
-            }
-            print(f"{length} tokens of {batch} rows", times, flush=True)
+            ways = ("each", "spread", "few", "chunk") if length <= 4 else ("each", "spread", "chunk")
+            print(f"{length} tokens of {batch} rows", {way: microseconds(call, way=way) for way in ways}, flush=True)
         call = partial(
             gka_mixer_step, mixer_inputs(batch, heads, width), solver, MixerOptions(True, True, True, width**-0.5, 1e-6)
         )
-        pieces = ((16, 16), (16, 32), (16, 64), (32, 32))
-        print(f"a mixer's token of {batch} rows", {p: microseconds(call, 0, 4, *p) for p in pieces}, flush=True)
+        times = {sleeps: microseconds(call, turns=(2 * processors, sleeps)) for sleeps in (0, 5, 10, 15, 20)}
+        print(f"a mixer's token of {batch} rows", times, flush=True)
 
 
 TUNED = {"chunks": tune, "step": tune_step}

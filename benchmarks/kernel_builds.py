@@ -165,7 +165,8 @@ def build(capability):
     gka(torch.float32, 64, cg)
     gka(torch.float32, 128, cg)
     gka_step(torch.bfloat16, 128, cg, 4, True)
-    # So many heads that their tokens are solved together.
+    # So many heads that their tokens are taken side by side, or as a chunk.
+    gka_step(torch.bfloat16, 128, cg, 4, True, batch=64)
     gka_step(torch.bfloat16, 128, cg, 8, True, batch=64)
     gka_step(torch.float32, 64, chebyshev, 1, False)
     # So many that memory is what they wait for; so few that both states are loaded at once; a ridge that takes plain
@@ -175,6 +176,7 @@ def build(capability):
     mixer_step(torch.bfloat16, 128)
     # Keys and values that several heads read are prepared by a launch of their own.
     mixer_step(torch.bfloat16, 128, shared=True)
+    mixer_step(torch.bfloat16, 128, 4, batch=64)
     mixer_step(torch.float16, 64, 4)
     mixer_step(torch.float16, 64, 8, batch=64)
     kla(torch.bfloat16)

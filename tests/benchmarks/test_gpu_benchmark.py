@@ -1,8 +1,12 @@
 """What the GPU benchmark counts, where there is no GPU."""
 
+from types import SimpleNamespace
+
 import gka_gpu
 import pytest
 import torch
+
+from kalman_kernels import GKASolver
 
 
 def tensors(query, key):
@@ -37,18 +41,19 @@ def test_bytes_are_counted_for_kernels_that_exist():
 
 def test_tuning_a_step_tries_its_options_and_leaves_what_is_chosen(monkeypatch, capsys):
     step = pytest.importorskip("kalman_kernels.gka.triton_step")
-    chosen, seen = (step.first_part, step.layout, step.WARPS), []
+    chosen, seen = (step.way, step.turns), []
 
     def replayed(call):
-        seen.append((step.first_part(4, 4096, torch.float16), step.WARPS[128], *step.layout(1, 4096, 128, True)))
+        seen.append((step.way(4, 4096, 128, torch.float16, GKASolver("cg", 20)), step.turns("each", 4096, 128, 132)))
         return {"median_ms": 1e-3 * len(seen)}
 
     monkeypatch.setattr(gka_gpu, "replayed", replayed)
     for name in ("settled", "mixer_inputs"):
         monkeypatch.setattr(gka_gpu, name, lambda *_: None)
     monkeypatch.setattr(gka_gpu, "step_inputs", lambda *_: ((), None))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(multi_processor_count=100))
     gka_gpu.tune_step()
-    assert (step.first_part, step.layout, step.WARPS) == chosen
-    assert {part for part, *_ in seen} == {0, 3, 4}
-    assert {(4, 8, False, 16, 32), (0, 4, False, 16, 32), (0, 4, False, 32, 32)} <= set(seen)
-    assert len(capsys.readouterr().out.splitlines()) == 16
+    assert (step.way, step.turns) == chosen
+    assert {way for way, _ in seen} == {"each", "spread", "few", "chunk"}
+    assert {sleeps for way, (crowd, sleeps) in seen if crowd == 200} == {0, 5, 10, 15, 20}
+    assert len(capsys.readouterr().out.splitlines()) == 20

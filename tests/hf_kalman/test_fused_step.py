@@ -46,15 +46,18 @@ def continued(model, implementation, ids, mask):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
     ("dtype", "bound", "crowded"),
-    [(torch.float32, 2e-5, 0), (torch.float16, 1e-2, 0), (torch.float16, 1e-2, 3), (torch.float16, 1e-2, 4)],
+    [
+        (torch.float32, 2e-5, None),
+        *((torch.float16, 1e-2, way) for way in (None, "few", "chunk")),
+    ],
 )
 @pytest.mark.parametrize("gpu", [pytest.param(True, marks=pytest.mark.gpu), False])
 def test_fused_step_is_the_layer(shape, dtype, bound, crowded, gpu, monkeypatch):
     if gpu != torch.cuda.is_available():
         pytest.skip("runs compiled on a GPU, interpreted elsewhere")
     if crowded:
-        # As with many rows: tokens solved together, and programs that prepare several rows.
-        monkeypatch.setattr(triton_step, "first_part", lambda length, *_: crowded if length > 1 else 0)
+        # As with many rows: several tokens at once, and programs that prepare several rows.
+        monkeypatch.setattr(triton_step, "way", lambda length, *_: crowded if length > 1 else "each")
         monkeypatch.setattr(triton_step, "PREPARE_PROGRAMS", 1)
     model = tiny_model(["linear_attention"], **SHAPES[shape])
     with torch.no_grad():

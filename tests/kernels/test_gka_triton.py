@@ -28,6 +28,7 @@ triton_step = pytest.importorskip("kalman_kernels.gka.triton_step")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU tests run the same kernels compiled")
 
 CG = GKASolver("cg", 16)
+WAYS = ("each", "spread", "few", "chunk")
 SMALL = {"batch": 1, "heads": 2, "key_heads": 1, "value_heads": 1}
 
 
@@ -130,10 +131,10 @@ def test_values_and_keys_far_from_one_survive_half_precision():
     assert relative_error(outputs, exact) <= 5e-3
 
 
-@pytest.mark.parametrize(("length", "part"), [(1, 0), (4, 0), (4, 1)])
+@pytest.mark.parametrize(("length", "way"), [(1, "each"), (4, "each"), (4, "spread")])
 @pytest.mark.parametrize("solver", [GKASolver("cg", 24), GKASolver("chebyshev", 30), GKASolver("cg", 0)])
-def test_a_step_is_the_reference_and_keeps_every_state(length, part, solver, monkeypatch):
-    monkeypatch.setattr(triton_step, "first_part", lambda *_: part)
+def test_a_step_is_the_reference_and_keeps_every_state(length, way, solver, monkeypatch):
+    monkeypatch.setattr(triton_step, "way", lambda *_: way)
     inputs = [t.float() for t in make_inputs(length, **SMALL)]
     wide = [t.double() for t in inputs]
     options = {"every_state": True, "solver": solver}
@@ -159,15 +160,17 @@ def test_a_step_is_the_reference_and_keeps_every_state(length, part, solver, mon
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("part", [0, 1, 3, 4])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("length", "kind"), [(2, "plain"), (5, "packed+padded"), (8, "packed")])
-def test_several_half_precision_tokens(length, kind, part, dtype, monkeypatch):
-    monkeypatch.setattr(triton_step, "first_part", lambda *_: part)
+def test_several_half_precision_tokens(length, kind, way, dtype, monkeypatch):
+    monkeypatch.setattr(triton_step, "way", lambda *_: way)
+    if way == "few":
+        length = min(length, 4)
     inputs = halved(make_inputs(length, **SMALL, width=12, value_width=20), dtype)
     segments = make_segments(kind, 1, length)
     if kind == "packed":
         # Three sequences, each with tokens enough to be told from the others.
-        segments = Segments(reset=torch.tensor([[False, False, True, False, False, False, True, False]]))
+        segments = Segments(reset=torch.tensor([[False, False, True, False, False, False, True, False]])[:, :length])
     with torch.no_grad():
         outputs, state = call(inputs, CG, segments, "triton")
         exact, exact_state = call([t.double() for t in inputs], EXACT, segments)
@@ -176,27 +179,27 @@ def test_several_half_precision_tokens(length, kind, part, dtype, monkeypatch):
     assert all(relative_error(a, b) <= 5e-7 for a, b in zip(state, exact_state, strict=True))
 
 
-@pytest.mark.parametrize("part", [0, 1, 3, 4])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("nothing", [-1e9, -float("inf")])
-def test_several_tokens_after_one_that_keeps_nothing(nothing, part, monkeypatch):
-    monkeypatch.setattr(triton_step, "first_part", lambda *_: part)
-    inputs = halved(make_inputs(6, **SMALL, width=12, value_width=20), torch.float16)
+def test_several_tokens_after_one_that_keeps_nothing(nothing, way, monkeypatch):
+    monkeypatch.setattr(triton_step, "way", lambda *_: way)
+    inputs = halved(make_inputs(4, **SMALL, width=12, value_width=20), torch.float16)
     for log_decay in (inputs[3], inputs[5]):
         log_decay[:, 1], log_decay[:, 2:] = nothing, -0.7
     with torch.no_grad():
         outputs, state = call(inputs, CG, None, "triton")
         exact, exact_state = call([t.double() for t in inputs], EXACT, None, "reference")
     # A chunk of rows in half precision: 1e-2.
-    assert relative_error(outputs, exact) <= (2e-2 if part == 3 else 4e-3)
+    assert relative_error(outputs, exact) <= (2e-2 if way == "chunk" else 4e-3)
     assert all(relative_error(a, b) <= 5e-7 for a, b in zip(state, exact_state, strict=True))
 
 
 @pytest.mark.parametrize("starts", [[0], [1], [0, 2, 3]])
-def test_four_tokens_at_a_time_in_young_states(starts, monkeypatch):
+def test_tokens_side_by_side_in_young_states(starts, monkeypatch):
     """Each new key is nearly all that its state holds."""
-    monkeypatch.setattr(triton_step, "first_part", lambda *_: 4)
-    inputs = halved(make_inputs(7, **SMALL, width=12, value_width=20), torch.float16)
-    segments = Segments(reset=torch.tensor([[n in starts for n in range(7)]]))
+    monkeypatch.setattr(triton_step, "way", lambda *_: "few")
+    inputs = halved(make_inputs(4, **SMALL, width=12, value_width=20), torch.float16)
+    segments = Segments(reset=torch.tensor([[n in starts for n in range(4)]]))
     with torch.no_grad():
         outputs, state = call(inputs, CG, segments, "triton")
         exact, exact_state = call([t.double() for t in inputs], EXACT, segments)
@@ -204,17 +207,18 @@ def test_four_tokens_at_a_time_in_young_states(starts, monkeypatch):
     assert all(relative_error(a, b) <= 5e-7 for a, b in zip(state, exact_state, strict=True))
 
 
-def test_four_tokens_at_a_time_take_no_more_iterations_than_allowed(monkeypatch):
-    monkeypatch.setattr(triton_step, "first_part", lambda *_: 4)
+def test_tokens_side_by_side_take_no_more_iterations_than_allowed(monkeypatch):
+    monkeypatch.setattr(triton_step, "way", lambda *_: "few")
     inputs = halved(make_inputs(4, **SMALL, width=30), torch.float16)
     with torch.no_grad():
         found = [call(inputs, GKASolver("cg", n), None, "triton")[0] for n in (2, 3, 4)]
     assert not torch.equal(found[0], found[1]) and not torch.equal(found[1], found[2])
 
 
-def test_four_tokens_at_a_time_keep_every_state(monkeypatch):
-    monkeypatch.setattr(triton_step, "first_part", lambda *_: 4)
-    inputs = halved(make_inputs(7, **SMALL, width=12, value_width=20), torch.float16)
+@pytest.mark.parametrize("length", [2, 3, 4])
+def test_tokens_side_by_side_keep_every_state(length, monkeypatch):
+    monkeypatch.setattr(triton_step, "way", lambda *_: "few")
+    inputs = halved(make_inputs(length, **SMALL, width=12, value_width=20), torch.float16)
     empty = GKAState(*(torch.zeros_like(t) for t in inputs[7:]))
     found, expected = (
         gated_kalmanet_step(
@@ -237,20 +241,57 @@ def test_four_tokens_at_a_time_keep_every_state(monkeypatch):
     assert all(torch.equal(every[:, -1], last) for every, last in zip(found[2], found[1], strict=True))
 
 
-def test_tokens_are_solved_together_where_that_is_faster():
-    part = triton_step.first_part
-    assert part(1, 4096, torch.float16) == 0
-    assert [part(n, 64, torch.float16) for n in (2, 4, 8)] == [1, 1, 1]
-    assert [part(n, 128, torch.bfloat16) for n in (2, 4, 8)] == [0, 3, 3]
-    assert [part(n, 4096, torch.float16) for n in (2, 3, 4, 8)] == [0, 0, 3, 3]
-    assert part(8, 4096, torch.float32) == 0
+@pytest.mark.parametrize("absent", [(), (3,), (5,), (3, 5), (4,), (6,)])
+def test_tokens_side_by_side_without_gates(absent, monkeypatch):
+    monkeypatch.setattr(triton_step, "way", lambda *_: "few")
+    inputs = halved(make_inputs(3, **SMALL, width=16, value_width=16), torch.float16)
+    found, expected = (
+        gated_kalmanet_step(
+            *(None if i in absent else t for i, t in enumerate(these[:5])),
+            state=GKAState(*these[7:]),
+            key_log_decay=None if 5 in absent else these[5],
+            input_gate=None if 6 in absent else these[6],
+            solver=solver,
+            implementation=implementation,
+        )
+        for these, solver, implementation in (
+            (inputs, CG, "triton"),
+            ([t.double() for t in inputs], EXACT, "reference"),
+        )
+    )
+    assert relative_error(found[0], expected[0]) <= 4e-3
+    assert all(relative_error(a, b) <= 5e-7 for a, b in zip(found[1], expected[1], strict=True))
 
 
-@pytest.mark.parametrize("layout", [(True, 16, 16), (False, 32, 32), (True, 32, 16), (False, 16, 32)])
-@pytest.mark.parametrize(("length", "part"), [(1, 0), (3, 0), (3, 1), (3, 3), (3, 4)])
-def test_a_step_in_every_layout_of_its_states(length, part, layout, monkeypatch):
+def test_how_tokens_are_taken():
+    def ways(lengths, programs, dtype=torch.bfloat16, solver=CG, width=128):
+        return [triton_step.way(n, programs, width, dtype, solver) for n in lengths]
+
+    assert ways([1], 4096) == ["each"]
+    assert ways([2, 4, 8], 64) == ["spread"] * 3
+    assert ways([2, 3, 4, 5, 8], 128) == ["each", "few", "few", "chunk", "chunk"]
+    assert ways([2, 3, 4, 8], 65) == ["each", "few", "few", "chunk"]
+    assert ways([5], 100) == ["each"]
+    assert ways([3, 4, 8], 4096, width=64) == ["each", "few", "chunk"]
+    assert ways([3, 4, 8], 4096, width=32) == ["each", "chunk", "chunk"]
+    assert ways([3, 8], 4096, torch.float32) == ["each", "each"]
+    # A polynomial is no exact solve: a key cannot join it afterwards.
+    assert ways([3, 4, 8], 4096, solver=GKASolver("chebyshev", 30)) == ["each", "chunk", "chunk"]
+
+
+def test_programs_take_turns_where_some_wait_for_others_to_end():
+    assert triton_step.turns("each", 265, 128, 132) == (264, 10)
+    assert triton_step.turns("each", 264, 128, 132) == (0, 0)
+    assert triton_step.turns("each", 793, 64, 132) == (792, 2)
+    assert triton_step.turns("each", 9000, 32, 132) == (0, 0)
+    assert triton_step.turns("chunk", 4096, 128, 132) == (264, 24)
+
+
+@pytest.mark.parametrize("layout", [(True, 16), (False, 32), (True, 32)])
+@pytest.mark.parametrize(("length", "way"), [(1, "each"), *((3, way) for way in WAYS)])
+def test_a_step_in_every_layout_of_its_states(length, way, layout, monkeypatch):
     monkeypatch.setattr(triton_step, "layout", lambda *_: layout)
-    monkeypatch.setattr(triton_step, "first_part", lambda *_: part)
+    monkeypatch.setattr(triton_step, "way", lambda *_: way)
     inputs = halved(make_inputs(length, **SMALL, width=40, value_width=20), torch.float16)
     with torch.no_grad():
         outputs, state = call(inputs, CG, None, "triton")
@@ -261,9 +302,9 @@ def test_a_step_in_every_layout_of_its_states(length, part, layout, monkeypatch)
 
 def test_layouts_by_width_and_heads():
     layout = triton_step.layout
-    assert [layout(1, heads, 128, False) for heads in (16, 4096)] == [(False, 16, 16), (False, 32, 32)]
-    assert [layout(1, heads, 64, True) for heads in (9, 4096)] == [(True, 16, 16), (False, 16, 16)]
-    assert layout(4, 4096, 128, False) == layout(1, 9, 32, False) == layout(1, 4096, 128, True) == (False, 16, 16)
+    assert [layout(1, heads, 128, False) for heads in (16, 4096)] == [(False, 16), (False, 32)]
+    assert [layout(1, heads, 64, True) for heads in (9, 4096)] == [(True, 16), (False, 16)]
+    assert layout(4, 4096, 128, False) == layout(1, 9, 32, False) == layout(1, 4096, 128, True) == (False, 16)
 
 
 def test_a_small_ridge_is_solved_as_well():

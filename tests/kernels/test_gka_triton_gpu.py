@@ -11,6 +11,7 @@ triton_step = pytest.importorskip("kalman_kernels.gka.triton_step")
 pytestmark = pytest.mark.gpu
 
 CG = GKASolver("cg", 24)
+WAYS = ("each", "spread", "few", "chunk")
 
 
 def case(length, kind, dtype, **shape):
@@ -118,15 +119,19 @@ def test_one_token_at_a_time_is_the_whole():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "part"),
-    [(dtype, part) for dtype in (torch.float32, torch.float16, torch.bfloat16) for part in (0, 1)]
-    + [(dtype, part) for dtype in (torch.float16, torch.bfloat16) for part in (3, 4)],
+    ("dtype", "way"),
+    [(torch.float32, way) for way in ("each", "spread")]
+    + [(dtype, way) for dtype in (torch.float16, torch.bfloat16) for way in WAYS],
 )
 @pytest.mark.parametrize("width", [64, 128])
-@pytest.mark.parametrize(("length", "kind"), [(1, "plain"), (2, "plain"), (4, "packed+padded"), (8, "packed")])
-def test_a_few_tokens_after_a_prefix(length, kind, part, width, dtype, monkeypatch):
+@pytest.mark.parametrize(
+    ("length", "kind"), [(1, "plain"), (2, "plain"), (4, "packed+padded"), (4, "packed"), (8, "packed")]
+)
+def test_a_few_tokens_after_a_prefix(length, kind, way, width, dtype, monkeypatch):
     """From a state that 200 tokens left, under slow decay."""
-    monkeypatch.setattr(triton_step, "first_part", lambda length, *_: part if length > 1 else 0)
+    if length > 4 and way == "few":
+        pytest.skip("up to four tokens")
+    monkeypatch.setattr(triton_step, "way", lambda length, *_: way if length > 1 else "each")
     prefix, _ = case(200, "plain", torch.float32, width=width, value_width=width)
     _, state = call([t.double() for t in prefix], EXACT, None)
     inputs, segments = case(length, kind, dtype, width=width, value_width=width)
@@ -135,19 +140,33 @@ def test_a_few_tokens_after_a_prefix(length, kind, part, width, dtype, monkeypat
         outputs, after = call(inputs, CG, segments, "triton")
         exact, exact_after = call([t.double() for t in inputs], EXACT, segments)
     bound = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 8e-3}[dtype]
-    if part == 3 and dtype == torch.float16:
+    if way == "chunk" and dtype == torch.float16:
         # Solved like a prompt, with products in half precision: up to 7.8e-3 measured.
         bound = 1e-2
     assert relative_error(outputs, exact) <= bound
     assert all(relative_error(a, b) <= 1e-6 for a, b in zip(after, exact_after, strict=True))
 
 
-@pytest.mark.parametrize("layout", [(True, 16, 16), (False, 32, 32), (True, 32, 16), (False, 16, 32)])
-@pytest.mark.parametrize(("length", "part"), [(1, 0), (4, 0), (4, 1), (4, 3), (4, 4)])
+@pytest.mark.parametrize(("length", "way"), [(1, "each"), (2, "each"), (8, "chunk")])
+def test_programs_that_take_turns_do_the_same(length, way, monkeypatch):
+    monkeypatch.setattr(triton_step, "way", lambda *_: way)
+    inputs, _ = case(length, "plain", torch.float16, batch=100, width=128, value_width=128)
+    heads = inputs[7].shape[1]
+    assert triton_step.turns(way, 100 * heads, 128, torch.cuda.get_device_properties("cuda").multi_processor_count)[0]
+    with torch.no_grad():
+        found = call(inputs, CG, None, "triton")
+        monkeypatch.setattr(triton_step, "turns", lambda *_: (0, 0))
+        expected = call(inputs, CG, None, "triton")
+    assert torch.equal(found[0], expected[0])
+    assert all(torch.equal(a, b) for a, b in zip(found[1], expected[1], strict=True))
+
+
+@pytest.mark.parametrize("layout", [(True, 16), (False, 32), (True, 32)])
+@pytest.mark.parametrize(("length", "way"), [(1, "each"), *((4, way) for way in WAYS)])
 @pytest.mark.parametrize("width", [64, 128])
-def test_a_step_in_every_layout_of_its_states(width, length, part, layout, monkeypatch):
+def test_a_step_in_every_layout_of_its_states(width, length, way, layout, monkeypatch):
     monkeypatch.setattr(triton_step, "layout", lambda *_: layout)
-    monkeypatch.setattr(triton_step, "first_part", lambda *_: part)
+    monkeypatch.setattr(triton_step, "way", lambda *_: way)
     inputs, _ = case(length, "plain", torch.float16, width=width, value_width=width)
     with torch.no_grad():
         outputs, after = call(inputs, CG, None, "triton")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .dispatch import INTERPRETED
 
-__all__ = ["compute_capability", "long", "on_own_device"]
+__all__ = ["compute_capability", "long", "multiprocessors", "on_own_device"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -44,6 +44,12 @@ def compute_capability(device: torch.device) -> int:
         return 0
     target = triton.runtime.driver.active.get_current_target()
     return target.arch if target.backend == "cuda" else 0
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has, 1 of everything else."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _first_tensor(values) -> Tensor | None:

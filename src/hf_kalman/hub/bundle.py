@@ -58,6 +58,7 @@ FILES = {
         "kalman_kernels.gka.triton_common",
         "kalman_kernels.gka.triton_forward",
         "kalman_kernels.gka.triton_backward",
+        "kalman_kernels.gka.triton_few",
         "kalman_kernels.gka.triton_step",
         "kalman_kernels.kla.triton_forward",
         "kalman_kernels.kla.triton_backward",

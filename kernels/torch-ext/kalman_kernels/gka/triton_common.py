@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import INTERPRETED
-from ..jit import compute_capability
+from ..jit import compute_capability, long
 from .limits import LEAST_LOG_DECAY
 from .reference import CG_FLOOR
 
@@ -74,6 +74,58 @@ def scaled_vector(vector):
     """
     scale, inverse = power_of_two(tl.max(tl.abs(vector), 0))
     return vector * (inverse * 256.0), scale * (1.0 / 256.0)
+
+
+@triton.jit
+def silu(x):
+    """x sigmoid(x)."""
+    return x / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def rounded(x, pointer):
+    """What a tensor of the pointer's dtype would have held."""
+    return x.to(pointer.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def sigmoid(x, pointer):
+    """1 / (1 + exp(-x)), as a tensor of the pointer's dtype would hold it."""
+    return rounded(1.0 / (1.0 + tl.exp(-x)), pointer)
+
+
+@triton.jit
+def opened(gate, pointer, MIXER: tl.constexpr):
+    """An input gate of the pointer's dtype; MIXER: before its sigmoid."""
+    if MIXER:
+        gate = rounded(sigmoid(gate, pointer) + 1e-6, pointer)
+    return gate
+
+
+@triton.jit
+def log_kept(log, rate, bias, MIXER: tl.constexpr):
+    """The logarithm of what a state keeps; MIXER: -exp(A_log) softplus(log + dt_bias)."""
+    if MIXER:
+        x = log + tl.load(bias).to(tl.float32)
+        softplus = tl.where(x > 20.0, x, tl.log(1.0 + tl.exp(tl.minimum(x, 20.0))))
+        log = -tl.exp(tl.load(rate).to(tl.float32)) * softplus
+    return log
+
+
+@triton.jit
+def with_share(x, queries, mix_at, here, MIXER: tl.constexpr):
+    """Rows that read: queries with a share of their solutions; MIXER: stored before its sigmoid."""
+    mix = tl.load(mix_at, mask=here, other=0.0).to(tl.float32)
+    if MIXER:
+        mix = sigmoid(mix, mix_at)
+    return queries + mix[:, None] * (x - queries)
+
+
+@triton.jit
+def token_vector(pointer, token, length, stride, lines, WIDTH: tl.constexpr):
+    """One token's vector in float32, 0 from `length` on."""
+    mask = lines < tl.where(long(token) < length, WIDTH, 0)
+    return tl.load(pointer + token * stride + lines, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit

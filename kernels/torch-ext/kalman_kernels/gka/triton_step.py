@@ -12,22 +12,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..jit import compute_capability, long, on_own_device
+from ..jit import compute_capability, long, multiprocessors, on_own_device
 from .mixer import MixerInputs, MixerOptions
 from .reference import GKASolver
 from .triton_common import (
-    START,
+    METHODS,
     TOLERANCE,
     counted,
     filled,
-    inverse_of,
     load_rows,
+    log_kept,
+    opened,
     power_of_two,
+    rounded,
     scaled_rows,
+    sigmoid,
+    silu,
     solve,
     store_rows,
+    token_vector,
     unit_rows,
+    with_share,
 )
+from .triton_few import few_kernel
 from .triton_forward import TritonInputs, chunk_norm, decay_count, method
 
 __all__ = ["gka_triton_mixer_step", "gka_triton_step"]
@@ -35,10 +42,10 @@ __all__ = ["gka_triton_mixer_step", "gka_triton_step"]
 # Where the blocks of columns stand among the axes of a state (rows, PIECE columns): with these, each compiler lays
 # rows over the lanes of a warp, and a sum over columns hardly leaves a thread.
 BLOCK_AXIS = tl.constexpr(1 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) else 0)
+# The arguments of `_take_turns`.
+TURNS = ("processors", "crowd", "sleeps")
 # Rows of several tokens that are solved together: the least that matrix units take.
 ROOM = tl.constexpr(16)
-# So many tokens with as many right sides each fill them.
-FEW = tl.constexpr(4)
 
 
 @triton.jit
@@ -163,32 +170,16 @@ def _solve(
 
 
 @triton.jit
-def _silu(x):
-    return x / (1.0 + tl.exp(-x))
-
-
-@triton.jit
 def _unit(x):
     return x / (tl.sqrt(tl.sum(x * x, 0)) + 1e-6)
 
 
 @triton.jit
-def _round(x, pointer):
-    """What a tensor of the pointer's dtype would have held."""
-    return x.to(pointer.dtype.element_ty).to(tl.float32)
-
-
-@triton.jit
-def _sigmoid(x, pointer):
-    return _round(1.0 / (1.0 + tl.exp(-x)), pointer)
-
-
-@triton.jit
 def _finished(x, pointer, SILU: tl.constexpr, UNIT: tl.constexpr):
     """What becomes of a convolved vector: SiLU and unit norm where asked for, rounded like the separate operators."""
-    x = _round(x, pointer)
+    x = rounded(x, pointer)
     if SILU:
-        x = _round(_silu(x), pointer)
+        x = rounded(silu(x), pointer)
     if UNIT:
         x = _unit(x)
     return x
@@ -215,31 +206,6 @@ def _move_on(past, window, inside, lines, slot, reach, TAPS: tl.constexpr):
     """The context after a token is what it saw, one place on; nothing with a `reach` of 0."""
     kept = inside[:, None] & ((slot > 0) & (slot < reach))[None, :]
     tl.store(past + lines[:, None] * (TAPS - 1) + slot[None, :] - 1, window.to(past.dtype.element_ty), mask=kept)
-
-
-@triton.jit
-def _opened(gate, pointer, MIXER: tl.constexpr):
-    """An input gate of the pointer's dtype; MIXER: before its sigmoid."""
-    if MIXER:
-        gate = _round(_sigmoid(gate, pointer) + 1e-6, pointer)
-    return gate
-
-
-@triton.jit
-def _log_kept(log, rate, bias, MIXER: tl.constexpr):
-    """The logarithm of what a state keeps; MIXER: -exp(A_log) softplus(log + dt_bias)."""
-    if MIXER:
-        x = log + tl.load(bias).to(tl.float32)
-        softplus = tl.where(x > 20.0, x, tl.log(1.0 + tl.exp(tl.minimum(x, 20.0))))
-        log = -tl.exp(tl.load(rate).to(tl.float32)) * softplus
-    return log
-
-
-@triton.jit
-def _vector(pointer, token, length, stride, lines, WIDTH: tl.constexpr):
-    """One token's vector in float32, 0 from `length` on."""
-    mask = lines < tl.where(long(token) < length, WIDTH, 0)
-    return tl.load(pointer + token * stride + lines, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -278,21 +244,12 @@ def _written(
 ):
     """What the value state needs of a token: value, `_scalars` and, if OPENED, the output gate."""
     value, input_gate, log_decay, numbers, output_gate, length, heads, value_heads, lines = tokens
-    v = _vector(value, token, length, value_heads * WIDTH, lines, WIDTH)
+    v = token_vector(value, token, length, value_heads * WIDTH, lines, WIDTH)
     gate, log, number = _scalars(input_gate, log_decay, numbers, token, length, heads, GATED, DECAYED, PACKED)
     opening = 0.0
     if OPENED:
-        opening = _vector(output_gate, token, length, heads * WIDTH, lines, WIDTH)
+        opening = token_vector(output_gate, token, length, heads * WIDTH, lines, WIDTH)
     return v, gate, log, number, opening
-
-
-@triton.jit
-def _with_share(x, queries, mix_at, here, MIXER: tl.constexpr):
-    """Rows that read: queries with a share of their solutions; MIXER: stored before its sigmoid."""
-    mix = tl.load(mix_at, mask=here, other=0.0).to(tl.float32)
-    if MIXER:
-        mix = _sigmoid(mix, mix_at)
-    return queries + mix[:, None] * (x - queries)
 
 
 @triton.jit
@@ -334,9 +291,9 @@ def _solve_together(
     queries = load_rows(query, query_stride, token, length, lines, WIDTH)
     gate, log, number = _scalars(input_gate, log_decay, numbers, token, length, heads, GATED, DECAYED, PACKED)
     if GATED:
-        keys = keys * _opened(gate, input_gate, MIXER)[:, None]
+        keys = keys * opened(gate, input_gate, MIXER)[:, None]
     if DECAYED:
-        log = tl.where(here, counted(_log_kept(log, decay_rate, decay_bias, MIXER)), 0.0)
+        log = tl.where(here, counted(log_kept(log, decay_rate, decay_bias, MIXER)), 0.0)
     else:
         log = tl.zeros([ROOM], tl.float32)
     log = tl.cumsum(log, 0)
@@ -370,13 +327,8 @@ def _solve_together(
     )
     x = x * (size * inverse)[:, None]
     if MIXED:
-        x = _with_share(x, queries, solution_mix + token * heads, here, MIXER)
+        x = with_share(x, queries, solution_mix + token * heads, here, MIXER)
     store_rows(mixed, heads * WIDTH, token, length, lines, x, WIDTH)
-
-
-@triton.jit
-def _add_four(a, b, c, d, e, f, g, h):
-    return a + e, b + f, c + g, d + h
 
 
 @triton.jit
@@ -396,166 +348,13 @@ def _entering(
 ):
     """A token's key behind its gate, and the share of a state that it keeps."""
     if GATED:
-        k = k * _opened(gate, input_gate, MIXER)
+        k = k * opened(gate, input_gate, MIXER)
     keep = 1.0
     if DECAYED:
-        keep = tl.exp(_log_kept(log, decay_rate, decay_bias, MIXER))
+        keep = tl.exp(log_kept(log, decay_rate, decay_bias, MIXER))
     if PACKED:
         keep = tl.where(number == previous, keep, 0.0)
     return k, keep
-
-
-@triton.jit
-def _by_side(of_token):
-    """What every token has, (FEW, 1), or every key, (1, FEW), for the right sides of all tokens, (ROOM,)."""
-    return tl.reshape(tl.broadcast_to(of_token, (FEW, FEW)), (ROOM,))
-
-
-@triton.jit
-def _solve_by_fours(
-    gram,
-    offset,
-    mask,
-    gram_out,
-    grams,
-    query,
-    key,
-    query_stride,
-    key_stride,
-    log_decay,
-    decay_rate,
-    decay_bias,
-    solution_mix,
-    input_gate,
-    numbers,
-    mixed,
-    length,
-    heads,
-    iterations,
-    ridge,
-    tolerance,
-    MIXER: tl.constexpr,
-    DECAYED: tl.constexpr,
-    GATED: tl.constexpr,
-    MIXED: tl.constexpr,
-    PACKED: tl.constexpr,
-    EVERY: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The queries that read, of FEW tokens at a time, with one product of matrices in an iteration; the Gram states.
-
-    H_t = a_t H_0 + sum_{1 <= j <= t} c_tj k_j k_j^T ,   A_t = a_t H_0 + ridge ||H_t||_F I
-
-    with H_0 the state after the first token of the four. A_t^-1 (q_t, k_1 .. k_t) are found by conjugate gradients, all
-    tokens side by side; then the keys join them one after the other (Sherman & Morrison), j = 1 .. t:
-
-    x -= c_tj (k_j^T x) / (1 + c_tj k_j^T z) z ,   z = A_t^-1 k_j with the keys before j
-
-    Directions are rounded once and used rounded everywhere, as in `solve`; solutions stay in float32, since what a new
-    key of a young state takes away is nearly all there is. Pointers are at the first token of a row and head, those of
-    states at the states themselves.
-    """
-    token, lines, side = tl.arange(0, FEW), tl.arange(0, BLOCK), tl.arange(0, ROOM)
-    # Right side `by` of token `of`: its query, or key `by`.
-    of, by = side // FEW, side % FEW
-    column = token[None, :]
-    enough = tolerance * START * START
-    previous = 0
-    for first in range(0, length, FEW):
-        here = first + token < length
-        gates, logs, segment = _scalars(
-            input_gate, log_decay, numbers, first + token, length, heads, GATED, DECAYED, PACKED
-        )
-        asked = load_rows(query, query_stride, tl.where(by == 0, first + of, length), length, lines, WIDTH)
-        joining = (by > 0) & (by <= of) & (first + of < length)
-        joined = load_rows(key, key_stride, tl.where(joining, first + by, length), length, lines, WIDTH)
-        if GATED:
-            gates = tl.where(here, _opened(gates, input_gate, MIXER), 0.0)
-            joined = joined * _by_side(gates[None, :])[:, None]
-        right, size, there = unit_rows(asked + joined)
-        k = _vector(key, first, length, key_stride, lines, WIDTH)
-        gate, log, number = _scalars(input_gate, log_decay, numbers, first, length, heads, GATED, DECAYED, PACKED)
-        own, keep = _entering(
-            k, gate, log, number, previous, input_gate, decay_rate, decay_bias, GATED, DECAYED, PACKED, MIXER
-        )
-        largest = tl.maximum(keep * tl.max(tl.abs(gram)), tl.max(own * own, 0))
-        unit, inverse = power_of_two(2.0 * largest)
-        operand = ((gram * keep + own[:, None] * own[None, :]) * (inverse * 16384.0)).to(tl.float16)
-        unit = unit * (1.0 / 16384.0)
-        squared = tl.zeros([FEW], tl.float32)
-        for now in range(first, tl.minimum(first + FEW, length)):
-            # The next token is under way.
-            next_k = _vector(key, now + 1, length, key_stride, lines, WIDTH)
-            next_gate, next_log, next_number = _scalars(
-                input_gate, log_decay, numbers, now + 1, length, heads, GATED, DECAYED, PACKED
-            )
-            k, keep = _entering(
-                k, gate, log, number, previous, input_gate, decay_rate, decay_bias, GATED, DECAYED, PACKED, MIXER
-            )
-            gram = gram * keep + k[:, None] * k[None, :]
-            squared = tl.where(first + token == now, tl.sum(gram * gram), squared)
-            if EVERY:
-                tl.store(grams + now * heads * WIDTH * WIDTH + offset, gram, mask=mask)
-            previous = number
-            k, gate, log, number = next_k, next_gate, next_log, next_number
-        # Under way while the solve runs.
-        tl.store(gram_out + offset, gram, mask=mask)
-        logs = _log_kept(logs, decay_rate, decay_bias, MIXER) if DECAYED else tl.zeros([FEW], tl.float32)
-        # What a token (first axis) keeps of an earlier one or itself, summed anew for each: small decays behind a token
-        # that keeps next to nothing are not lost. Right sides of later keys are zeros.
-        after = (token[None, None, :] > token[None, :, None]) & (token[None, None, :] <= token[:, None, None])
-        kept = tl.exp(tl.sum(tl.where(after, logs[None, None, :], 0.0), 2))
-        if PACKED:
-            kept = tl.where(segment[:, None] == segment[None, :], kept, 0.0)
-        into = tl.sum(tl.where(column == 0, kept, 0.0), 1)
-        norm = tl.sqrt(squared)
-        inverse = tl.where(norm > 0, 1.0 / norm, 0.0)
-        of_gram = _by_side((into * unit * inverse)[:, None])
-        residual = right * START
-        x = tl.zeros_like(residual)
-        direction = residual.to(tl.float16)
-        rr = there * (START * START)
-        step = 0
-        busy = 1
-        while (step < iterations) & (busy > 0):
-            # Two steps: fewer looks at whether all are done.
-            for further_step in tl.static_range(2):
-                wide = direction.to(tl.float32)
-                image = tl.dot(direction, operand) * of_gram[:, None] + ridge * wide
-                # All at once: threads wait for each other once.
-                rr, curvature, along, far = tl.reduce(
-                    (residual * residual, wide * image, residual * image, image * image), 1, _add_four
-                )
-                further = (rr > enough) & (curvature > 0) & (step + further_step < iterations)
-                span = tl.where(further, rr * inverse_of(curvature), 0.0)
-                x += span[:, None] * wide
-                residual -= span[:, None] * image
-                # ||residual||^2 after the step over the one before.
-                ratio = tl.where(further, 1.0 + span * (span * far - 2.0 * along) * inverse_of(rr), 0.0)
-                direction = (residual + tl.maximum(ratio, 0.0)[:, None] * wide).to(tl.float16)
-            busy = tl.max((rr > enough).to(tl.int32), 0)
-            step += 2
-        x = tl.reshape(x * (size * _by_side(inverse[:, None]) * (1.0 / START))[:, None], (FEW, FEW, BLOCK))
-        for j in tl.static_range(1, FEW):
-            k_j = _vector(key, first + j, length, key_stride, lines, WIDTH)
-            if GATED:
-                k_j = k_j * tl.sum(tl.where(token == j, gates, 0.0), 0)
-            seen = tl.sum(x * k_j[None, None, :], 2)
-            of_own = tl.sum(tl.where(column == j, seen, 0.0), 1)
-            share = tl.sum(tl.where(column == j, kept, 0.0), 1)
-            share = share / (1.0 + share * of_own)
-            z = tl.sum(tl.where((column == j)[:, :, None], x, 0.0), 1)
-            x -= (share[:, None] * seen)[:, :, None] * z[:, None, :]
-        x = tl.sum(tl.where((column == 0)[:, :, None], x, 0.0), 1)
-        if MIXED:
-            queries = load_rows(query, query_stride, first + token, length, lines, WIDTH)
-            x = _with_share(x, queries, solution_mix + (first + token) * heads, here, MIXER)
-        store_rows(mixed, heads * WIDTH, first + token, length, lines, x, WIDTH)
-        # What this program stored above: registers are free while it solves. Nothing after the last token.
-        left = lines < tl.where(long(first) < length - FEW, WIDTH, 0)
-        tl.debug_barrier()
-        gram = tl.load(gram_out + offset, mask=mask & left[:, None], other=0.0)
 
 
 @triton.jit
@@ -577,12 +376,25 @@ def _mixed(
     if MIXED:
         mix = tl.load(mix_at).to(tl.float32)
         if MIXER:
-            mix = _sigmoid(mix, mix_at)
+            mix = sigmoid(mix, mix_at)
     x = _solve(gram, query, iterations, ridge, tolerance, METHOD, PIPELINED, PIECE)
     return query + mix * (x - query)
 
 
-@triton.jit(do_not_specialize=["length", "iterations", "ridge", "tolerance", "scale", "eps"])
+@triton.jit
+def _take_turns(program, processors, crowd, sleeps):
+    """Of the first `crowd` programs, those side by side on a multiprocessor start one after the other.
+
+    All would move their states at first, then all solve. Half a microsecond a sleep.
+    """
+    count = tl.where(program < crowd, sleeps * (program // processors), 0)
+    for _ in range(0, count):
+        tl.inline_asm_elementwise(
+            "nanosleep.u32 500; mov.u32 $0, $1;", "=r,r", [sleeps], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit(do_not_specialize=["length", "iterations", "ridge", "tolerance", "scale", "eps", *TURNS])
 def step_kernel(
     query,
     key,
@@ -621,15 +433,18 @@ def step_kernel(
     tolerance,
     scale,
     eps,
+    processors,
+    crowd,
+    sleeps,
     METHOD: tl.constexpr,
     PART: tl.constexpr,
     SEVERAL: tl.constexpr,
     PIPELINED: tl.constexpr,
     EAGER: tl.constexpr,
     PIECE: tl.constexpr,
-    VALUE_PIECE: tl.constexpr,
     EARLY: tl.constexpr,
     PAIRED: tl.constexpr,
+    TURNS: tl.constexpr,
     MIXER: tl.constexpr,
     CONVOLVES: tl.constexpr,
     KEY_SILU: tl.constexpr,
@@ -654,25 +469,25 @@ def step_kernel(
     DECAYS: 0 none, 1 one for both states, 2 two, 3 for the value state alone. EVERY also stores all states. PART: 0 all
     of it, token after token; 1 the solves alone, one program for each token (second axis); 2 all but the solves, done
     before, one program for each state (second axis: value state and outputs, Gram state); 3 all of it, tokens solved
-    together; 4 all of it, tokens solved four at a time. EARLY: the kernel before may still run until tokens are read.
-    SEVERAL: more than one token. EAGER: both states are loaded at once. PIECE, VALUE_PIECE: columns of the Gram and
-    the value state side by side, over neighbouring threads. PAIRED: parts 1 and 2 run at the same time, 2 waits for the
-    solves. PADDED: a single token.
+    together. EARLY: the kernel before may still run until tokens are read.
+    SEVERAL: more than one token. EAGER: both states are loaded at once. PIECE: columns of a state side by side, over
+    neighbouring threads. PAIRED: parts 1 and 2 run at the same time, 2 waits for the
+    solves. PADDED: a single token. TURNS: `_take_turns`.
     CONVOLVES: queries, keys and values are raw; what `prepare_kernel` does is done here, for a single token.
     """
-    TOGETHER: tl.constexpr = PART >= 3
+    TOGETHER: tl.constexpr = PART == 3
+    if TURNS:
+        _take_turns(tl.program_id(0), processors, crowd, sleeps)
     line = long(tl.program_id(0))
     batch, head = line // heads, line % heads
     rows, value_rows = tl.arange(0, BLOCK), tl.arange(0, VALUE_BLOCK)
-    columns, value_columns = _columns(BLOCK, PIECE), _columns(BLOCK, VALUE_PIECE)
+    columns = _columns(BLOCK, PIECE)
     last = length - 1 if SEVERAL else 0
     updates, value_updates = last + 1, last + 1
     inside, value_inside = rows < WIDTH, value_rows < VALUE_WIDTH
     if PART == 1:
         last = tl.program_id(1)
         updates = last + 1
-    if PART == 4:
-        updates = 0
     if PART == 2:
         # Nothing of the other state.
         of_value = tl.program_id(1) == 0
@@ -708,7 +523,7 @@ def step_kernel(
     else:
         gram, offset, mask = _state(gram_at, rows, inside, columns, WIDTH)
     if EAGER & (PART != 1):
-        state, value_offset, value_mask = _state(value_at, value_rows, value_inside, value_columns, WIDTH)
+        state, value_offset, value_mask = _state(value_at, value_rows, value_inside, columns, WIDTH)
     if PART == 3:
         unit, inverse = power_of_two(tl.max(tl.abs(gram)))
         operand = (gram * (inverse * 16384.0)).to(tl.float16)
@@ -737,7 +552,7 @@ def step_kernel(
     of_gram = key_log_decay if DECAYS == 2 else log_decay
     DECAYED: tl.constexpr = (DECAYS == 1) | (DECAYS == 2)
     if not CONVOLVES:
-        k = _vector(key, 0, length, key_heads * WIDTH, rows, WIDTH)
+        k = token_vector(key, 0, length, key_heads * WIDTH, rows, WIDTH)
     gate, log, number = _scalars(input_gate, of_gram, numbers, 0, length, heads, GATED, DECAYED, PACKED)
     q = tl.zeros([BLOCK], tl.float32)
     OPENED: tl.constexpr = MIXER & OUTPUT_GATED
@@ -748,8 +563,8 @@ def step_kernel(
             tokens, 0, GATED, DECAYS > 0, PACKED, OPENED, VALUE_WIDTH
         )
     if CONVOLVES:
-        q = _round(_finished(tl.sum(seen_query * query_weights, 1), query, KEY_SILU, True), query)
-        k = _round(_finished(tl.sum(seen_key * key_weights, 1), key, KEY_SILU, True), key)
+        q = rounded(_finished(tl.sum(seen_query * query_weights, 1), query, KEY_SILU, True), query)
+        k = rounded(_finished(tl.sum(seen_key * key_weights, 1), key, KEY_SILU, True), key)
         if VALUE_CONV:
             v = tl.sum(seen_value * value_weights, 1)
         v = _finished(v, value, VALUE_SILU, False)
@@ -766,12 +581,12 @@ def step_kernel(
     for token in range(0, updates):
         if SEVERAL:
             # The next token is under way.
-            next_k = _vector(key, token + 1, length, key_heads * WIDTH, rows, WIDTH)
+            next_k = token_vector(key, token + 1, length, key_heads * WIDTH, rows, WIDTH)
             next_gate, next_log, next_number = _scalars(
                 input_gate, of_gram, numbers, token + 1, length, heads, GATED, DECAYED, PACKED
             )
         if (PART < 2) & (not CONVOLVES):
-            q = _vector(query, token, length, query_heads * WIDTH, rows, WIDTH)
+            q = token_vector(query, token, length, query_heads * WIDTH, rows, WIDTH)
         k, keep = _entering(
             k, gate, log, number, previous, input_gate, decay_rate, decay_bias, GATED, DECAYED, PACKED, MIXER
         )
@@ -800,39 +615,6 @@ def step_kernel(
         mix_at = solution_mix + last * heads
         q = _mixed(gram, q, mix_at, iterations, ridge, tolerance, METHOD, PIPELINED, MIXED, MIXER, PIECE)
         tl.store(mixed + (place + last * heads) * WIDTH + rows, q, mask=inside)
-    if PART == 4:
-        tl.static_assert(METHOD == 1, "conjugate gradients alone")
-        _solve_by_fours(
-            gram,
-            offset,
-            mask,
-            gram_out + line * WIDTH * WIDTH,
-            grams + place * WIDTH * WIDTH,
-            query,
-            key,
-            query_heads * WIDTH,
-            key_heads * WIDTH,
-            of_gram,
-            decay_rate,
-            decay_bias,
-            solution_mix,
-            input_gate,
-            numbers,
-            mixed + place * WIDTH,
-            length,
-            heads,
-            iterations,
-            ridge,
-            tolerance,
-            MIXER,
-            DECAYED,
-            GATED,
-            MIXED,
-            PACKED,
-            EVERY,
-            WIDTH,
-            BLOCK,
-        )
     if PART == 3:
         _solve_together(
             operand,
@@ -864,37 +646,37 @@ def step_kernel(
         )
     if PART != 1:
         if not EAGER:
-            state, value_offset, value_mask = _state(value_at, value_rows, value_inside, value_columns, WIDTH)
+            state, value_offset, value_mask = _state(value_at, value_rows, value_inside, columns, WIDTH)
         previous = 0
         reads = mixed + place * WIDTH
         if MIXER:
             weight = tl.load(norm_weight + value_rows, mask=value_inside, other=0.0).to(tl.float32)
         if SEVERAL:
-            writing = _vector(key, 0, length, key_heads * WIDTH, value_columns, WIDTH)
+            writing = token_vector(key, 0, length, key_heads * WIDTH, columns, WIDTH)
             v, value_gate, value_log, value_number, opening = _written(
                 tokens, 0, GATED, DECAYS > 0, PACKED, OPENED, VALUE_WIDTH
             )
             if PAIRED:
                 tl.extra.cuda.gdc_wait()
             tl.debug_barrier()
-            reading = _vector(reads, 0, length, heads * WIDTH, value_columns, WIDTH)
+            reading = token_vector(reads, 0, length, heads * WIDTH, columns, WIDTH)
         else:
-            reading, writing = tl.reshape(q, value_columns.shape), tl.reshape(k, value_columns.shape)
+            reading, writing = tl.reshape(q, columns.shape), tl.reshape(k, columns.shape)
         for token in range(0, value_updates):
             if SEVERAL:
-                next_reading = _vector(reads, token + 1, length, heads * WIDTH, value_columns, WIDTH)
-                next_writing = _vector(key, token + 1, length, key_heads * WIDTH, value_columns, WIDTH)
+                next_reading = token_vector(reads, token + 1, length, heads * WIDTH, columns, WIDTH)
+                next_writing = token_vector(key, token + 1, length, key_heads * WIDTH, columns, WIDTH)
                 next_v, next_gate, next_log, next_number, next_opening = _written(
                     tokens, token + 1, GATED, DECAYS > 0, PACKED, OPENED, VALUE_WIDTH
                 )
             if GATED:
-                opened = _opened(value_gate, input_gate, MIXER)
-                v = v * opened
+                factor = opened(value_gate, input_gate, MIXER)
+                v = v * factor
                 if SEVERAL:
-                    writing = writing * opened
+                    writing = writing * factor
             keep = 1.0
             if DECAYS > 0:
-                keep = tl.exp(_log_kept(value_log, decay_rate, decay_bias, MIXER))
+                keep = tl.exp(log_kept(value_log, decay_rate, decay_bias, MIXER))
             if PACKED:
                 keep = tl.where(value_number == previous, keep, 0.0)
                 previous = value_number
@@ -908,10 +690,10 @@ def step_kernel(
                 )
             y = _row_sums(state * _along(reading)) * scale
             if MIXER:
-                y = _round(y, outputs)
+                y = rounded(y, outputs)
                 y = y / tl.sqrt(tl.sum(y * y, 0) / VALUE_WIDTH + eps) * weight
                 if OUTPUT_GATED:
-                    y = y * _silu(opening)
+                    y = y * silu(opening)
             tl.store(outputs + target, y.to(outputs.dtype.element_ty), mask=value_inside)
             if SEVERAL:
                 reading, writing, v, opening = next_reading, next_writing, next_v, next_opening
@@ -1109,8 +891,29 @@ PIPELINED_RIDGE = 0.01
 # How many programs prepare tokens; each does as many rows as that takes.
 PREPARE_PROGRAMS = 4096
 PREPARE_WARPS = 4
-# From how many tokens of all heads on four tokens and more are solved together.
+# From how many tokens on, to four, they are taken side by side, by the wider of both widths.
+FEW_FROM = {64: 4, 128: 3}
+# How many programs a multiprocessor holds at the same time, by the wider of both widths, and by how many sleeps each
+# starts later than the one before it.
+STEP_TURNS = {64: (6, 2), 128: (2, 10)}
+CHUNK_TURNS = (2, 24)
+# From how many tokens of all heads on four tokens and more are taken as a chunk.
 TOGETHER_TOKENS = 512
+# `step_kernel`'s constants that `few_kernel` has, too.
+FEW_CONSTANTS = (
+    "EARLY",
+    "MIXER",
+    "DECAYS",
+    "GATED",
+    "MIXED",
+    "OUTPUT_GATED",
+    "PACKED",
+    "EVERY",
+    "WIDTH",
+    "VALUE_WIDTH",
+    "BLOCK",
+    "VALUE_BLOCK",
+)
 # A step of the operator alone.
 BARE = {
     "MIXER": False,
@@ -1248,13 +1051,28 @@ def _overlap(early: bool) -> dict[str, bool]:
     return {"EARLY": early, "launch_pdl": True} if early else {"EARLY": early}
 
 
-def first_part(length: int, programs: int, dtype: torch.dtype) -> int:
-    """`step_kernel`'s PART in which the tokens of `programs` heads are solved first or at all."""
+def way(length: int, programs: int, widest: int, dtype: torch.dtype, solver: GKASolver) -> str:
+    """How the tokens of `programs` heads are taken; `widest`: the wider of both widths.
+
+    "each": one after the other; "spread": each solved by a program of its own; "few": up to four side by side
+    (`few_kernel`); "chunk": up to eight like a chunk of a prompt.
+    """
     if length == 1:
-        return 0
+        return "each"
     if programs <= SPREAD_PROGRAMS:
-        return 1
-    return 3 if dtype != torch.float32 and length > 3 and length * programs >= TOGETHER_TOKENS else 0
+        return "spread"
+    if dtype == torch.float32:
+        return "each"
+    if FEW_FROM.get(widest, 5) <= length <= 4 and method(solver) == METHODS["cg"]:
+        return "few"
+    return "chunk" if length > 3 and length * programs >= TOGETHER_TOKENS else "each"
+
+
+def turns(way: str, programs: int, widest: int, processors: int) -> tuple[int, int]:
+    """`_take_turns`'s crowd and sleeps; none where no program has to wait for another to end."""
+    side_by_side, sleeps = CHUNK_TURNS if way == "chunk" else STEP_TURNS.get(widest, (1, 0))
+    crowd = side_by_side * processors
+    return (crowd, sleeps) if sleeps and programs > crowd else (0, 0)
 
 
 def convolves(length: int, heads: int, convolved: tuple[int, ...]) -> bool:
@@ -1262,13 +1080,12 @@ def convolves(length: int, heads: int, convolved: tuple[int, ...]) -> bool:
     return length == 1 and all(count == heads for count in convolved)
 
 
-def layout(length: int, programs: int, widest: int, convolving: bool) -> tuple[bool, int, int]:
-    """`step_kernel`'s EAGER, which comes with twice the warps, PIECE and VALUE_PIECE for tokens of `programs` heads."""
+def layout(length: int, programs: int, widest: int, convolving: bool) -> tuple[bool, int]:
+    """`step_kernel`'s EAGER, which comes with twice the warps, and PIECE for tokens of `programs` heads."""
     eager = widest == 64 and programs <= EAGER_PROGRAMS
     # A step that convolves, too, has no registers left for it.
     lined = length == 1 and widest == 128 and programs >= LINED_PROGRAMS and not convolving
-    piece = 32 if lined else 16
-    return eager, piece, piece
+    return eager, 32 if lined else 16
 
 
 def _launch(tokens, gates, numbers, valid, surroundings, states, outputs, heads, solver, scale, eps, options) -> None:
@@ -1276,17 +1093,22 @@ def _launch(tokens, gates, numbers, valid, surroundings, states, outputs, heads,
     batch, length, query_heads, width = query.shape
     block, value_block = filled(width), filled(value.shape[-1])
     programs, widest = batch * heads, max(block, value_block)
-    eager, piece, value_piece = layout(length, programs, widest, options["CONVOLVES"])
-    # What reads of every token; a single one keeps it in registers.
-    mixed = torch.empty(batch, length if length > 1 else 0, heads, width, dtype=torch.float32, device=query.device)
+    eager, piece = layout(length, programs, widest, options["CONVOLVES"])
+    solves = method(solver) != METHODS["none"]
+    chosen = way(length, programs, widest, query.dtype, solver) if solves else "each"
+    processors = multiprocessors(query.device)
+    crowd, sleeps = turns(chosen, programs, widest, processors)
+    # What reads of every token; it stays in registers where `few_kernel` or a single token is at work.
+    stored = 0 if chosen == "few" or length == 1 else length
+    mixed = torch.empty(batch, stored, heads, width, dtype=torch.float32, device=query.device)
     constants = {
         "METHOD": method(solver),
         "SEVERAL": length > 1,
         "PIPELINED": query.dtype != torch.float32 and solver.ridge_ratio >= PIPELINED_RIDGE,
         "PAIRED": False,
+        "TURNS": False,
         "EAGER": eager,
         "PIECE": min(block, piece),
-        "VALUE_PIECE": min(block, value_piece),
         "GATED": gates[3] is not None,
         "MIXED": gates[2] is not None,
         "OUTPUT_GATED": gates[4] is not None,
@@ -1299,19 +1121,17 @@ def _launch(tokens, gates, numbers, valid, surroundings, states, outputs, heads,
         **options,
     }
 
-    def start(grid: tuple[int, ...], **changes: int) -> None:
-        flags = constants | changes
-        flags |= _overlap(flags["EARLY"])
-        step_kernel[grid](
+    def arguments(surroundings, *scratch):
+        """What either kernel takes."""
+        return (
             query,
             key,
             value,
             *(query if t is None else t for t in gates),
             query if numbers is None else numbers,
-            query if valid is None else valid,
             *surroundings,
             *states,
-            mixed,
+            *scratch,
             outputs,
             length,
             heads,
@@ -1323,15 +1143,23 @@ def _launch(tokens, gates, numbers, valid, surroundings, states, outputs, heads,
             solver.squared_tolerance(TOLERANCE["float32" if query.dtype == torch.float32 else "float16"]),
             scale,
             eps,
-            **flags,
-            num_warps=WARPS[widest] * (2 if flags["EAGER"] else 1),
         )
 
-    part = first_part(length, programs, query.dtype) if constants["METHOD"] != 0 else 0
-    if part == 1:
+    def start(grid: tuple[int, ...], **changes: int) -> None:
+        flags = constants | changes
+        flags |= _overlap(flags["EARLY"])
+        given = arguments((query if valid is None else valid, *surroundings), mixed)
+        step_kernel[grid](
+            *given, processors, crowd, sleeps, **flags, num_warps=WARPS[widest] * (2 if flags["EAGER"] else 1)
+        )
+
+    if chosen == "spread":
         # Part 2 runs beside part 1 and has its states loaded when that has solved.
         beside = {"PAIRED": True, "EAGER": True, "launch_pdl": True} if _may_overlap(query) else {}
         start((programs, length), PART=1, EVERY=False, PAIRED=bool(beside))
         start((programs, 2), PART=2, EARLY=False, **beside)
+    elif chosen == "few":
+        flags = {name: constants[name] for name in FEW_CONSTANTS} | _overlap(constants["EARLY"])
+        few_kernel[(programs,)](*arguments(surroundings[-3:]), **flags, num_warps=WARPS[widest])
     else:
-        start((programs,), PART=part)
+        start((programs,), PART=3 if chosen == "chunk" else 0, TURNS=compute_capability(query.device) >= 70)
