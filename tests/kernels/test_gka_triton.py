@@ -194,12 +194,12 @@ def test_several_tokens_after_one_that_keeps_nothing(nothing, way, monkeypatch):
     assert all(relative_error(a, b) <= 5e-7 for a, b in zip(state, exact_state, strict=True))
 
 
-@pytest.mark.parametrize("starts", [[0], [1], [0, 2, 3]])
-def test_tokens_side_by_side_in_young_states(starts, monkeypatch):
+@pytest.mark.parametrize(("length", "starts"), [(4, [0]), (4, [1]), (4, [0, 2, 3]), (3, [1]), (3, [0, 2]), (2, [0])])
+def test_tokens_side_by_side_in_young_states(length, starts, monkeypatch):
     """Each new key is nearly all that its state holds."""
     monkeypatch.setattr(triton_step, "way", lambda *_: "few")
-    inputs = halved(make_inputs(4, **SMALL, width=12, value_width=20), torch.float16)
-    segments = Segments(reset=torch.tensor([[n in starts for n in range(4)]]))
+    inputs = halved(make_inputs(length, **SMALL, width=12, value_width=20), torch.float16)
+    segments = Segments(reset=torch.tensor([[n in starts for n in range(length)]]))
     with torch.no_grad():
         outputs, state = call(inputs, CG, segments, "triton")
         exact, exact_state = call([t.double() for t in inputs], EXACT, segments)
