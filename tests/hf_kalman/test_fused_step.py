@@ -29,7 +29,7 @@ SHAPES = {
 
 
 def continued(model, implementation, ids, mask):
-    """Logits of single tokens, of one that is padding in one row, and of three at once, after a padded prefix."""
+    """Logits of single tokens, one of them padding in one row, of three at once and of one more, after a padded prefix."""
     model.config.implementation = "torch"
     with torch.no_grad():
         cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
@@ -39,7 +39,7 @@ def continued(model, implementation, ids, mask):
             mask = torch.cat([mask, torch.tensor(column, device=mask.device)[:, None]], dim=1)
             out = model(ids[:, step : step + 1], attention_mask=mask, past_key_values=cache)
             logits.append(out.logits[torch.tensor(column, device=mask.device).bool()].flatten())
-        logits.append(model(ids[:, 3:6], past_key_values=cache).logits.flatten())
+        logits += [model(ids[:, a:b], past_key_values=cache).logits.flatten() for a, b in ((3, 6), (6, 7))]
     return torch.cat(logits).double()
 
 
