@@ -29,7 +29,7 @@ SHAPES = {
 
 
 def continued(model, implementation, ids, mask):
-    """Logits of single tokens, one of them padding in one row, of three at once and of one more, after a padded prefix."""
+    """Logits of single tokens (one is padding in one row), of three at once and of one more, after a padded prefix."""
     model.config.implementation = "torch"
     with torch.no_grad():
         cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
