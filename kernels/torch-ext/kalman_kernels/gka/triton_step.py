@@ -42,8 +42,6 @@ __all__ = ["gka_triton_mixer_step", "gka_triton_step"]
 # Where the blocks of columns stand among the axes of a state (rows, PIECE columns): with these, each compiler lays
 # rows over the lanes of a warp, and a sum over columns hardly leaves a thread.
 BLOCK_AXIS = tl.constexpr(1 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) else 0)
-# The arguments of `_take_turns`.
-TURNS = ("processors", "crowd", "sleeps")
 # Rows of several tokens that are solved together: the least that matrix units take.
 ROOM = tl.constexpr(16)
 
@@ -394,7 +392,9 @@ def _take_turns(program, processors, crowd, sleeps):
         )
 
 
-@triton.jit(do_not_specialize=["length", "iterations", "ridge", "tolerance", "scale", "eps", *TURNS])
+@triton.jit(
+    do_not_specialize=["length", "iterations", "ridge", "tolerance", "scale", "eps", "processors", "crowd", "sleeps"]
+)
 def step_kernel(
     query,
     key,
@@ -469,10 +469,9 @@ def step_kernel(
     DECAYS: 0 none, 1 one for both states, 2 two, 3 for the value state alone. EVERY also stores all states. PART: 0 all
     of it, token after token; 1 the solves alone, one program for each token (second axis); 2 all but the solves, done
     before, one program for each state (second axis: value state and outputs, Gram state); 3 all of it, tokens solved
-    together. EARLY: the kernel before may still run until tokens are read.
-    SEVERAL: more than one token. EAGER: both states are loaded at once. PIECE: columns of a state side by side, over
-    neighbouring threads. PAIRED: parts 1 and 2 run at the same time, 2 waits for the
-    solves. PADDED: a single token. TURNS: `_take_turns`.
+    together. EARLY: the kernel before may still run until tokens are read. SEVERAL: more than one token. EAGER: both
+    states are loaded at once. PIECE: columns of a state side by side, over neighbouring threads. PAIRED: parts 1 and 2
+    run at the same time, 2 waits for the solves. PADDED: a single token. TURNS: `_take_turns`.
     CONVOLVES: queries, keys and values are raw; what `prepare_kernel` does is done here, for a single token.
     """
     TOGETHER: tl.constexpr = PART == 3
