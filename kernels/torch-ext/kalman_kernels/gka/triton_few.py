@@ -35,7 +35,7 @@ ROOM = tl.constexpr(16)
 # Rows of a state over which warps lie: sums over every such row stay inside a thread.
 APART = tl.constexpr(4)
 # The least weight of the state before the tokens: what is divided by it, and squared then, stays finite.
-LEAST = tl.constexpr(2.0**-50)
+LEAST_WEIGHT = tl.constexpr(2.0**-50)
 
 
 @triton.jit
@@ -337,7 +337,7 @@ def few_kernel(
     tl.store(gram_out + line * WIDTH * WIDTH + offset, gram, mask=mask)
     norm = tl.sqrt(_pick(of, (s0, s1, s2, s3)))
     inverse = tl.where(norm > 0, 1.0 / norm, 0.0)
-    into = tl.maximum(_pick(of, (1.0, a1, a2, a3)) * unit * inverse, LEAST)
+    into = tl.maximum(_pick(of, (1.0, a1, a2, a3)) * unit * inverse, LEAST_WEIGHT)
     right = load_rows(query, query_stride, tl.where(by == 0, of, length), length, rows, WIDTH)
     joining = tl.where((by > 0) & (by <= of), by, length)
     right += load_rows(key, key_stride, joining, length, rows, WIDTH) * gates[:, None]
