@@ -288,11 +288,23 @@ def test_programs_take_turns_where_some_wait_for_others_to_end():
 
 
 @pytest.mark.parametrize("layout", [(True, 16), (False, 32), (True, 32)])
-@pytest.mark.parametrize(("length", "way"), [(1, "each"), *((3, way) for way in WAYS)])
-def test_a_step_in_every_layout_of_its_states(length, way, layout, monkeypatch):
+@pytest.mark.parametrize("way", WAYS)
+def test_several_tokens_in_every_layout_of_their_states(way, layout, monkeypatch):
     monkeypatch.setattr(triton_step, "layout", lambda *_: layout)
     monkeypatch.setattr(triton_step, "way", lambda *_: way)
-    inputs = halved(make_inputs(length, **SMALL, width=40, value_width=20), torch.float16)
+    check_layout(make_inputs(3, **SMALL, width=40, value_width=20))
+
+
+@pytest.mark.parametrize("widths", [(40, 20), (20, 40)])
+@pytest.mark.parametrize(("stages", "piece"), [(1, 32), (2, 16), (2, 32)])
+def test_a_token_in_every_layout_of_its_states(stages, piece, widths, monkeypatch):
+    layout = {"num_warps": 2, "STAGES": stages, "PIECE": piece}
+    monkeypatch.setattr(triton_step, "token_layout", lambda *_: layout)
+    check_layout(make_inputs(1, **SMALL, width=widths[0], value_width=widths[1]))
+
+
+def check_layout(inputs):
+    inputs = halved(inputs, torch.float16)
     with torch.no_grad():
         outputs, state = call(inputs, CG, None, "triton")
         exact, exact_state = call([t.double() for t in inputs], EXACT, None)
@@ -301,10 +313,16 @@ def test_a_step_in_every_layout_of_its_states(length, way, layout, monkeypatch):
 
 
 def test_layouts_by_width_and_heads():
-    layout = triton_step.layout
-    assert [layout(1, heads, 128, False) for heads in (16, 4096)] == [(False, 16), (False, 32)]
-    assert [layout(1, heads, 64, True) for heads in (9, 4096)] == [(True, 16), (False, 16)]
-    assert layout(4, 4096, 128, False) == layout(1, 9, 32, False) == layout(1, 4096, 128, True) == (False, 16)
+    layout, token_layout = triton_step.layout, triton_step.token_layout
+    assert [layout(heads, 64) for heads in (9, 4096)] == [(True, 16), (False, 16)]
+    assert layout(9, 32) == layout(4096, 128) == (False, 16)
+    near, ahead = {"num_warps": 4, "STAGES": 1, "PIECE": 16}, {"num_warps": 4, "STAGES": 2, "PIECE": 32}
+    assert [token_layout(heads, 128, False, True) for heads in (16, 4096)] == [near, ahead]
+    assert token_layout(16, 128, True, True) == ahead
+    limited = {"num_warps": 2, "maxnreg": 168}
+    assert [token_layout(heads, 64, True, True) for heads in (9, 4096)] == [near | limited, ahead | limited]
+    assert token_layout(4096, 64, False, False) == near | {"num_warps": 2}
+    assert token_layout(4096, 32, True, True) == near | {"num_warps": 1}
 
 
 def test_a_small_ridge_is_solved_as_well():

@@ -162,12 +162,25 @@ def test_programs_that_take_turns_do_the_same(length, way, monkeypatch):
 
 
 @pytest.mark.parametrize("layout", [(True, 16), (False, 32), (True, 32)])
-@pytest.mark.parametrize(("length", "way"), [(1, "each"), *((4, way) for way in WAYS)])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("width", [64, 128])
-def test_a_step_in_every_layout_of_its_states(width, length, way, layout, monkeypatch):
+def test_several_tokens_in_every_layout_of_their_states(width, way, layout, monkeypatch):
     monkeypatch.setattr(triton_step, "layout", lambda *_: layout)
     monkeypatch.setattr(triton_step, "way", lambda *_: way)
-    inputs, _ = case(length, "plain", torch.float16, width=width, value_width=width)
+    check_layout(4, width, width)
+
+
+@pytest.mark.parametrize(("stages", "piece"), [(1, 16), (1, 32), (2, 16), (2, 32)])
+@pytest.mark.parametrize("warps", [1, 2, 4, 8])
+@pytest.mark.parametrize("widths", [(64, 64), (128, 128), (64, 100), (128, 32)])
+def test_a_token_in_every_layout_of_its_states(widths, warps, stages, piece, monkeypatch):
+    layout = {"num_warps": warps, "STAGES": stages, "PIECE": piece}
+    monkeypatch.setattr(triton_step, "token_layout", lambda *_: layout)
+    check_layout(1, *widths)
+
+
+def check_layout(length, width, value_width):
+    inputs, _ = case(length, "plain", torch.float16, width=width, value_width=value_width)
     with torch.no_grad():
         outputs, after = call(inputs, CG, None, "triton")
         exact, exact_after = call([t.double() for t in inputs], EXACT, None)

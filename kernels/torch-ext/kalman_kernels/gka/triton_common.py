@@ -103,12 +103,21 @@ def opened(gate, pointer, MIXER: tl.constexpr):
 
 
 @triton.jit
+def decay_of(rate_at, bias_at, THERE: tl.constexpr):
+    """A_log and dt_bias of a head; 0 if not THERE."""
+    rate, bias = 0.0, 0.0
+    if THERE:
+        rate, bias = tl.load(rate_at).to(tl.float32), tl.load(bias_at).to(tl.float32)
+    return rate, bias
+
+
+@triton.jit
 def log_kept(log, rate, bias, MIXER: tl.constexpr):
     """The logarithm of what a state keeps; MIXER: -exp(A_log) softplus(log + dt_bias)."""
     if MIXER:
-        x = log + tl.load(bias).to(tl.float32)
+        x = log + bias
         softplus = tl.where(x > 20.0, x, tl.log(1.0 + tl.exp(tl.minimum(x, 20.0))))
-        log = -tl.exp(tl.load(rate).to(tl.float32)) * softplus
+        log = -tl.exp(rate) * softplus
     return log
 
 

@@ -13,6 +13,7 @@ import triton.language as tl
 from ..jit import long
 from .triton_common import (
     START,
+    decay_of,
     inverse_of,
     load_rows,
     log_kept,
@@ -279,8 +280,8 @@ def few_kernel(
 
     EARLY: the kernel before may still run until tokens are read. Inputs and other constants are those of `step_kernel`.
     """
-    line = long(tl.program_id(0))
-    batch, head = line // heads, line % heads
+    program = tl.program_id(0)
+    line, batch, head = long(program), long(program // heads), program % heads
     rows, value_rows = tl.arange(0, BLOCK), tl.arange(0, VALUE_BLOCK)
     token, side = tl.arange(0, FEW), tl.arange(0, ROOM)
     # Right side `by` of token `of`: its query, or key `by`.
@@ -294,8 +295,7 @@ def few_kernel(
     query_stride, key_stride, value_stride = query_heads * WIDTH, key_heads * WIDTH, value_heads * VALUE_WIDTH
     input_gate += place
     log_decay += place
-    decay_rate += head
-    decay_bias += head
+    rate, bias = decay_of(decay_rate + head, decay_bias + head, MIXER & (DECAYS > 0))
     numbers += start
     offset = rows[:, None] * WIDTH + rows[None, :]
     mask = (rows < WIDTH)[:, None] & (rows < WIDTH)[None, :]
@@ -318,7 +318,7 @@ def few_kernel(
     k3 = token_vector(key, 3, length, key_stride, rows, WIDTH) * gate3
     DECAYED: tl.constexpr = (DECAYS == 1) | (DECAYS == 2)
     of_gram = key_log_decay + place if DECAYS == 2 else log_decay
-    logs = _logs(of_gram, decay_rate, decay_bias, length, heads, MIXER, DECAYED)
+    logs = _logs(of_gram, rate, bias, length, heads, MIXER, DECAYED)
     entered, of_first, of_second, c32 = _decays(logs, number, PACKED)
     a1, a2, a3 = of_first
     c21, c31 = of_second
@@ -368,7 +368,7 @@ def few_kernel(
     x = tl.reshape(tl.broadcast_to(x[None, :, :], (FEW, FEW, BLOCK)), (ROOM, BLOCK))
     score = tl.sum(x * load_rows(key, key_stride, by, length, rows, WIDTH), 1) * gates
     reading, reading_unit = scaled_rows(x, tl.float16)
-    logs = _logs(log_decay, decay_rate, decay_bias, length, heads, MIXER, DECAYS > 0)
+    logs = _logs(log_decay, rate, bias, length, heads, MIXER, DECAYS > 0)
     entered, of_first, of_second, c32 = _decays(logs, number, PACKED)
     a1, a2, a3 = of_first
     c21, c31 = of_second

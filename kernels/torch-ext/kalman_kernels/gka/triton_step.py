@@ -19,6 +19,7 @@ from .triton_common import (
     METHODS,
     TOLERANCE,
     counted,
+    decay_of,
     filled,
     load_rows,
     log_kept,
@@ -26,7 +27,6 @@ from .triton_common import (
     power_of_two,
     rounded,
     scaled_rows,
-    sigmoid,
     silu,
     solve,
     store_rows,
@@ -36,135 +36,25 @@ from .triton_common import (
 )
 from .triton_few import few_kernel
 from .triton_forward import TritonInputs, chunk_norm, decay_count, method
+from .triton_states import (
+    across,
+    along,
+    columns_of,
+    entering,
+    load_state,
+    mixed_query,
+    scalars,
+    share_of,
+    summed_rows,
+    take_turns,
+    wide,
+)
+from .triton_token import token_kernel
 
 __all__ = ["gka_triton_mixer_step", "gka_triton_step"]
 
-# Where the blocks of columns stand among the axes of a state (rows, PIECE columns): with these, each compiler lays
-# rows over the lanes of a warp, and a sum over columns hardly leaves a thread.
-BLOCK_AXIS = tl.constexpr(1 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) else 0)
 # Rows of several tokens that are solved together: the least that matrix units take.
 ROOM = tl.constexpr(16)
-
-
-@triton.jit
-def _along(blocks):
-    """What the columns of a state have, (blocks, 16), with an axis for its rows."""
-    return tl.expand_dims(blocks, 1 - BLOCK_AXIS)
-
-
-@triton.jit
-def _across(vector, PIECE: tl.constexpr):
-    """A vector along the columns of a state, pieces of PIECE."""
-    return _along(tl.reshape(vector, (vector.shape[0] // PIECE, PIECE)))
-
-
-@triton.jit
-def _wide(vector):
-    """A vector over the rows of a state, with axes for its columns."""
-    return tl.expand_dims(vector[:, None], BLOCK_AXIS)
-
-
-@triton.jit
-def _columns(BLOCK: tl.constexpr, PIECE: tl.constexpr):
-    """The columns of a state, (BLOCK / PIECE, PIECE)."""
-    return tl.arange(0, BLOCK // PIECE)[:, None] * PIECE + tl.arange(0, PIECE)[None, :]
-
-
-@triton.jit
-def _tile(rows, inside, columns, WIDTH: tl.constexpr):
-    """Where the elements of a state (rows, WIDTH) stand, and which of them are there."""
-    mask = _wide(inside) & _along(columns < WIDTH)
-    return _wide(rows) * WIDTH + _along(columns), mask
-
-
-@triton.jit
-def _state(pointer, rows, inside, columns, WIDTH: tl.constexpr):
-    """A state, where its elements stand and which of them are there."""
-    offset, mask = _tile(rows, inside, columns, WIDTH)
-    return tl.load(pointer + offset, mask=mask, other=0.0), offset, mask
-
-
-@triton.jit
-def _row_sums(state):
-    return tl.sum(tl.sum(state, BLOCK_AXIS), 1)
-
-
-@triton.jit
-def _times(state, vector, PIECE: tl.constexpr):
-    """state vector."""
-    return _row_sums(state * _across(vector, PIECE))
-
-
-@triton.jit
-def _add(a, b, c, d):
-    return a + c, b + d
-
-
-@triton.jit
-def _solve(
-    gram, query, iterations, ridge, tolerance, METHOD: tl.constexpr, PIPELINED: tl.constexpr, PIECE: tl.constexpr
-):
-    """(gram + ridge ||gram||_F I)^-1 query in float32, gram symmetric; README eqs. 3-5.
-
-    PIPELINED: conjugate gradients whose inner products do not wait for the product with gram (Ghysels & Vanroose 2014).
-    """
-    norm = tl.sqrt(tl.sum(gram * gram))
-    ridge = ridge * norm
-    x = tl.zeros_like(query)
-    step = 0
-    if METHOD == 1:
-        residual, direction = query, query
-        rr = tl.sum(query * query, 0)
-        # An empty state (norm 0) is solved by 0.
-        enough = tl.where(norm > 0, tolerance * rr, rr)
-        # Triton 3.6 to 3.8 compile the plain loop only if `busy` comes after what it carries, here and inside.
-        busy = rr > enough
-        if PIPELINED:
-            image = _times(gram, query, PIECE) + ridge * query
-            direction, of_direction, of_that = x, x, x
-            inverse, curvature = 0.0, 0.0
-            while (step < iterations) & busy:
-                product = gram * _across(image, PIECE)
-                # Both at once: threads wait for each other half as often.
-                rr, curved = tl.reduce((residual * residual, residual * image), 0, _add)
-                of_image = _row_sums(product) + ridge * image
-                ratio = rr * inverse
-                curvature = curved - ratio * ratio * curvature
-                inverse = 1.0 / rr
-                further = (rr > enough) & (curvature > 0)
-                length = tl.where(further, rr / curvature, 0.0)
-                direction = residual + ratio * direction
-                of_direction = image + ratio * of_direction
-                of_that = of_image + ratio * of_that
-                x += length * direction
-                residual -= length * of_direction
-                image -= length * of_that
-                step += 1
-                busy = further
-        else:
-            while (step < iterations) & busy:
-                image = _times(gram, direction, PIECE) + ridge * direction
-                length = rr / tl.sum(direction * image, 0)
-                x += length * direction
-                residual -= length * image
-                following = tl.sum(residual * residual, 0)
-                direction = residual + (following / rr) * direction
-                rr = following
-                step += 1
-                busy = rr > enough
-    if METHOD == 2:
-        span = tl.where(norm > 0, 2.0 / (2.0 * ridge + norm), 0.0)
-        quarter = 0.0625 * span * span * norm * norm
-        omega = 2.0
-        change = span * query
-        x += change
-        while step < iterations:
-            omega = 1.0 / (1.0 - quarter * omega)
-            image = _times(gram, x, PIECE) + ridge * x
-            change = (omega - 1.0) * change + (omega * span) * (query - image)
-            x += change
-            step += 1
-    return x
 
 
 @triton.jit
@@ -207,30 +97,6 @@ def _move_on(past, window, inside, lines, slot, reach, TAPS: tl.constexpr):
 
 
 @triton.jit
-def _scalars(
-    input_gate,
-    log_decay,
-    numbers,
-    token,
-    length,
-    heads,
-    GATED: tl.constexpr,
-    DECAYED: tl.constexpr,
-    PACKED: tl.constexpr,
-):
-    """Gate, log decay and number of a token, or of several, as they are stored; neutral where there are none."""
-    here = long(token) < length
-    gate, log, number = 1.0, 0.0, 0
-    if GATED:
-        gate = tl.load(input_gate + token * heads, mask=here, other=0.0).to(tl.float32)
-    if DECAYED:
-        log = tl.load(log_decay + token * heads, mask=here, other=0.0).to(tl.float32)
-    if PACKED:
-        number = tl.load(numbers + token, mask=here, other=0)
-    return gate, log, number
-
-
-@triton.jit
 def _written(
     tokens,
     token,
@@ -243,7 +109,7 @@ def _written(
     """What the value state needs of a token: value, `_scalars` and, if OPENED, the output gate."""
     value, input_gate, log_decay, numbers, output_gate, length, heads, value_heads, lines = tokens
     v = token_vector(value, token, length, value_heads * WIDTH, lines, WIDTH)
-    gate, log, number = _scalars(input_gate, log_decay, numbers, token, length, heads, GATED, DECAYED, PACKED)
+    gate, log, number = scalars(input_gate, log_decay, numbers, token, length, heads, GATED, DECAYED, PACKED)
     opening = 0.0
     if OPENED:
         opening = token_vector(output_gate, token, length, heads * WIDTH, lines, WIDTH)
@@ -259,8 +125,8 @@ def _solve_together(
     query_stride,
     key_stride,
     log_decay,
-    decay_rate,
-    decay_bias,
+    rate,
+    bias,
     solution_mix,
     input_gate,
     numbers,
@@ -287,14 +153,13 @@ def _solve_together(
     here = token < length
     keys = load_rows(key, key_stride, token, length, lines, WIDTH)
     queries = load_rows(query, query_stride, token, length, lines, WIDTH)
-    gate, log, number = _scalars(input_gate, log_decay, numbers, token, length, heads, GATED, DECAYED, PACKED)
+    gate, log, number = scalars(input_gate, log_decay, numbers, token, length, heads, GATED, DECAYED, PACKED)
     if GATED:
         keys = keys * opened(gate, input_gate, MIXER)[:, None]
+    kept = tl.zeros([ROOM], tl.float32)
     if DECAYED:
-        log = tl.where(here, counted(log_kept(log, decay_rate, decay_bias, MIXER)), 0.0)
-    else:
-        log = tl.zeros([ROOM], tl.float32)
-    log = tl.cumsum(log, 0)
+        kept = tl.where(here, counted(log_kept(log, rate, bias, MIXER)), 0.0)
+    log = tl.cumsum(kept, 0)
     into = tl.exp(log)
     earlier, following = token[:, None] >= token[None, :], token[:, None] <= token[None, :]
     if PACKED:
@@ -329,69 +194,6 @@ def _solve_together(
     store_rows(mixed, heads * WIDTH, token, length, lines, x, WIDTH)
 
 
-@triton.jit
-def _entering(
-    k,
-    gate,
-    log,
-    number,
-    previous,
-    input_gate,
-    decay_rate,
-    decay_bias,
-    GATED: tl.constexpr,
-    DECAYED: tl.constexpr,
-    PACKED: tl.constexpr,
-    MIXER: tl.constexpr,
-):
-    """A token's key behind its gate, and the share of a state that it keeps."""
-    if GATED:
-        k = k * opened(gate, input_gate, MIXER)
-    keep = 1.0
-    if DECAYED:
-        keep = tl.exp(log_kept(log, decay_rate, decay_bias, MIXER))
-    if PACKED:
-        keep = tl.where(number == previous, keep, 0.0)
-    return k, keep
-
-
-@triton.jit
-def _mixed(
-    gram,
-    query,
-    mix_at,
-    iterations,
-    ridge,
-    tolerance,
-    METHOD: tl.constexpr,
-    PIPELINED: tl.constexpr,
-    MIXED: tl.constexpr,
-    MIXER: tl.constexpr,
-    PIECE: tl.constexpr,
-):
-    """The query that reads: with a share of its solution, all of it if not MIXED; MIXER: stored before its sigmoid."""
-    mix = 1.0
-    if MIXED:
-        mix = tl.load(mix_at).to(tl.float32)
-        if MIXER:
-            mix = sigmoid(mix, mix_at)
-    x = _solve(gram, query, iterations, ridge, tolerance, METHOD, PIPELINED, PIECE)
-    return query + mix * (x - query)
-
-
-@triton.jit
-def _take_turns(program, processors, crowd, sleeps):
-    """Of the first `crowd` programs, those side by side on a multiprocessor start one after the other.
-
-    All would move their states at first, then all solve. Half a microsecond a sleep.
-    """
-    count = tl.where(program < crowd, sleeps * (program // processors), 0)
-    for _ in range(0, count):
-        tl.inline_asm_elementwise(
-            "nanosleep.u32 500; mov.u32 $0, $1;", "=r,r", [sleeps], dtype=tl.int32, is_pure=False, pack=1
-        )
-
-
 @triton.jit(
     do_not_specialize=["length", "iterations", "ridge", "tolerance", "scale", "eps", "processors", "crowd", "sleeps"]
 )
@@ -405,13 +207,6 @@ def step_kernel(
     input_gate,
     output_gate,
     numbers,
-    valid,
-    query_past,
-    key_past,
-    value_past,
-    query_taps,
-    key_taps,
-    value_taps,
     decay_rate,
     decay_bias,
     norm_weight,
@@ -438,7 +233,6 @@ def step_kernel(
     sleeps,
     METHOD: tl.constexpr,
     PART: tl.constexpr,
-    SEVERAL: tl.constexpr,
     PIPELINED: tl.constexpr,
     EAGER: tl.constexpr,
     PIECE: tl.constexpr,
@@ -446,42 +240,34 @@ def step_kernel(
     PAIRED: tl.constexpr,
     TURNS: tl.constexpr,
     MIXER: tl.constexpr,
-    CONVOLVES: tl.constexpr,
-    KEY_SILU: tl.constexpr,
-    VALUE_CONV: tl.constexpr,
-    VALUE_SILU: tl.constexpr,
-    TAPS: tl.constexpr,
-    SLOTS: tl.constexpr,
     DECAYS: tl.constexpr,
     GATED: tl.constexpr,
     MIXED: tl.constexpr,
     OUTPUT_GATED: tl.constexpr,
     PACKED: tl.constexpr,
-    PADDED: tl.constexpr,
     EVERY: tl.constexpr,
     WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     VALUE_BLOCK: tl.constexpr,
 ):
-    """A few tokens of one head. MIXER: gates and decays as projections give them, then the layer's gated norm.
+    """Two to eight tokens of one head. MIXER: gates and decays as projections give them, then the layer's gated norm.
 
     DECAYS: 0 none, 1 one for both states, 2 two, 3 for the value state alone. EVERY also stores all states. PART: 0 all
     of it, token after token; 1 the solves alone, one program for each token (second axis); 2 all but the solves, done
     before, one program for each state (second axis: value state and outputs, Gram state); 3 all of it, tokens solved
-    together. EARLY: the kernel before may still run until tokens are read. SEVERAL: more than one token. EAGER: both
-    states are loaded at once. PIECE: columns of a state side by side, over neighbouring threads. PAIRED: parts 1 and 2
-    run at the same time, 2 waits for the solves. PADDED: a single token. TURNS: `_take_turns`.
-    CONVOLVES: queries, keys and values are raw; what `prepare_kernel` does is done here, for a single token.
+    together. EARLY: the kernel before may still run until tokens are read. EAGER: both states are loaded at once.
+    PIECE: columns of a state side by side, over neighbouring threads. PAIRED: parts 1 and 2 run at the same time, 2
+    waits for the solves. TURNS: `take_turns`.
     """
     TOGETHER: tl.constexpr = PART == 3
     if TURNS:
-        _take_turns(tl.program_id(0), processors, crowd, sleeps)
-    line = long(tl.program_id(0))
-    batch, head = line // heads, line % heads
+        take_turns(tl.program_id(0), processors, crowd, sleeps)
+    program = tl.program_id(0)
+    line, batch, head = long(program), long(program // heads), program % heads
     rows, value_rows = tl.arange(0, BLOCK), tl.arange(0, VALUE_BLOCK)
-    columns = _columns(BLOCK, PIECE)
-    last = length - 1 if SEVERAL else 0
+    columns = columns_of(BLOCK, PIECE)
+    last = length - 1
     updates, value_updates = last + 1, last + 1
     inside, value_inside = rows < WIDTH, value_rows < VALUE_WIDTH
     if PART == 1:
@@ -496,38 +282,20 @@ def step_kernel(
     query_head = head // (heads // query_heads)
     key_head, value_head = head // (heads // key_heads), head // (heads // value_heads)
     gram_at, value_at = gram_in + line * WIDTH * WIDTH, value_key_in + line * VALUE_WIDTH * WIDTH
-    if CONVOLVES:
-        if EARLY:
-            # For whatever was before: it may have written all that is read here.
-            tl.extra.cuda.gdc_wait()
-        slot = tl.arange(0, SLOTS)
-        query_past += (batch * query_heads + query_head) * WIDTH * (TAPS - 1)
-        key_past += (batch * key_heads + key_head) * WIDTH * (TAPS - 1)
-        value_past += (batch * value_heads + value_head) * VALUE_WIDTH * (TAPS - 1)
-        raw_query = query + (batch * query_heads + query_head) * WIDTH
-        raw_key = key + (batch * key_heads + key_head) * WIDTH
-        raw_value = value + (batch * value_heads + value_head) * VALUE_WIDTH
-        seen_query = _window(raw_query, query_past, inside, rows, slot, TAPS)
-        seen_key = _window(raw_key, key_past, inside, rows, slot, TAPS)
-        query_weights = _weights(query_taps + query_head * WIDTH * TAPS, inside, rows, slot, TAPS)
-        key_weights = _weights(key_taps + key_head * WIDTH * TAPS, inside, rows, slot, TAPS)
-        if VALUE_CONV:
-            seen_value = _window(raw_value, value_past, value_inside, value_rows, slot, TAPS)
-            value_weights = _weights(value_taps + value_head * VALUE_WIDTH * TAPS, value_inside, value_rows, slot, TAPS)
     if TOGETHER:
         # Rows and columns alone: nothing is summed over either before the products of matrices.
         offset = rows[:, None] * WIDTH + rows[None, :]
         mask = inside[:, None] & inside[None, :]
         gram = tl.load(gram_at + offset, mask=mask, other=0.0)
     else:
-        gram, offset, mask = _state(gram_at, rows, inside, columns, WIDTH)
+        gram, offset, mask = load_state(gram_at, rows, inside, columns, WIDTH)
     if EAGER & (PART != 1):
-        state, value_offset, value_mask = _state(value_at, value_rows, value_inside, columns, WIDTH)
+        state, value_offset, value_mask = load_state(value_at, value_rows, value_inside, columns, WIDTH)
     if PART == 3:
         unit, inverse = power_of_two(tl.max(tl.abs(gram)))
         operand = (gram * (inverse * 16384.0)).to(tl.float16)
         unit = unit * (1.0 / 16384.0)
-    if EARLY & (not CONVOLVES):
+    if EARLY:
         tl.extra.cuda.gdc_wait()
     if PAIRED & (PART == 1):
         tl.extra.cuda.gdc_launch_dependents()
@@ -543,57 +311,27 @@ def step_kernel(
     key_log_decay += place
     solution_mix += place
     output_gate += place * VALUE_WIDTH
-    decay_rate += head
-    decay_bias += head
+    rate, bias = decay_of(decay_rate + head, decay_bias + head, MIXER & (DECAYS > 0))
     numbers += first
-    if PADDED:
-        there = tl.load(valid + first) != 0
     of_gram = key_log_decay if DECAYS == 2 else log_decay
     DECAYED: tl.constexpr = (DECAYS == 1) | (DECAYS == 2)
-    if not CONVOLVES:
-        k = token_vector(key, 0, length, key_heads * WIDTH, rows, WIDTH)
-    gate, log, number = _scalars(input_gate, of_gram, numbers, 0, length, heads, GATED, DECAYED, PACKED)
+    k = token_vector(key, 0, length, key_heads * WIDTH, rows, WIDTH)
+    gate, log, number = scalars(input_gate, of_gram, numbers, 0, length, heads, GATED, DECAYED, PACKED)
     q = tl.zeros([BLOCK], tl.float32)
     OPENED: tl.constexpr = MIXER & OUTPUT_GATED
     tokens = value, input_gate, log_decay, numbers, output_gate, length, heads, value_heads, value_rows
-    if not SEVERAL:
-        # Small, and slow behind the value state: ahead of the solve.
-        v, value_gate, value_log, value_number, opening = _written(
-            tokens, 0, GATED, DECAYS > 0, PACKED, OPENED, VALUE_WIDTH
-        )
-    if CONVOLVES:
-        q = rounded(_finished(tl.sum(seen_query * query_weights, 1), query, KEY_SILU, True), query)
-        k = rounded(_finished(tl.sum(seen_key * key_weights, 1), key, KEY_SILU, True), key)
-        if VALUE_CONV:
-            v = tl.sum(seen_value * value_weights, 1)
-        v = _finished(v, value, VALUE_SILU, False)
-        reach = TAPS
-        if PADDED:
-            # A token that is padding does not move the window: as if there were none.
-            reach = tl.where(there, TAPS, 0)
-        # All has been read that is replaced now.
-        tl.debug_barrier()
-        _move_on(query_past, seen_query, inside, rows, slot, reach, TAPS)
-        _move_on(key_past, seen_key, inside, rows, slot, reach, TAPS)
-        if VALUE_CONV:
-            _move_on(value_past, seen_value, value_inside, value_rows, slot, reach, TAPS)
     for token in range(0, updates):
-        if SEVERAL:
-            # The next token is under way.
-            next_k = token_vector(key, token + 1, length, key_heads * WIDTH, rows, WIDTH)
-            next_gate, next_log, next_number = _scalars(
-                input_gate, of_gram, numbers, token + 1, length, heads, GATED, DECAYED, PACKED
-            )
-        if (PART < 2) & (not CONVOLVES):
-            q = token_vector(query, token, length, query_heads * WIDTH, rows, WIDTH)
-        k, keep = _entering(
-            k, gate, log, number, previous, input_gate, decay_rate, decay_bias, GATED, DECAYED, PACKED, MIXER
+        # The next token is under way.
+        next_k = token_vector(key, token + 1, length, key_heads * WIDTH, rows, WIDTH)
+        next_gate, next_log, next_number = scalars(
+            input_gate, of_gram, numbers, token + 1, length, heads, GATED, DECAYED, PACKED
         )
+        if PART < 2:
+            q = token_vector(query, token, length, query_heads * WIDTH, rows, WIDTH)
+        k, keep = entering(k, gate, log, number, previous, input_gate, rate, bias, GATED, DECAYED, PACKED, MIXER)
         if PACKED:
             previous = number
-        if PADDED:
-            k, q, keep = tl.where(there, k, 0.0), tl.where(there, q, 0.0), tl.where(there, keep, 1.0)
-        gram = gram * keep + k[:, None] * k[None, :] if TOGETHER else gram * keep + _wide(k) * _across(k, PIECE)
+        gram = gram * keep + k[:, None] * k[None, :] if TOGETHER else gram * keep + wide(k) * across(k, PIECE)
         if EVERY:
             tl.store(grams + (place + token * heads) * WIDTH * WIDTH + offset, gram, mask=mask)
         if (PART != 1) & (token == last):
@@ -603,16 +341,15 @@ def step_kernel(
             # Under way while the solve runs.
             tl.store(gram_out + line * WIDTH * WIDTH + offset, gram, mask=mask)
         if (PART == 0) & (METHOD != 0):
-            mix_at = solution_mix + token * heads
-            q = _mixed(gram, q, mix_at, iterations, ridge, tolerance, METHOD, PIPELINED, MIXED, MIXER, PIECE)
-        if SEVERAL:
-            if PART == 0:
-                # What reads waits for the value state.
-                tl.store(mixed + (place + token * heads) * WIDTH + rows, q, mask=inside)
-            k, gate, log, number = next_k, next_gate, next_log, next_number
+            mix = share_of(solution_mix + token * heads, MIXED, MIXER)
+            q = mixed_query(gram, q, mix, iterations, ridge, tolerance, METHOD, PIPELINED, PIECE)
+        if PART == 0:
+            # What reads waits for the value state.
+            tl.store(mixed + (place + token * heads) * WIDTH + rows, q, mask=inside)
+        k, gate, log, number = next_k, next_gate, next_log, next_number
     if PART == 1:
-        mix_at = solution_mix + last * heads
-        q = _mixed(gram, q, mix_at, iterations, ridge, tolerance, METHOD, PIPELINED, MIXED, MIXER, PIECE)
+        mix = share_of(solution_mix + last * heads, MIXED, MIXER)
+        q = mixed_query(gram, q, mix, iterations, ridge, tolerance, METHOD, PIPELINED, PIECE)
         tl.store(mixed + (place + last * heads) * WIDTH + rows, q, mask=inside)
     if PART == 3:
         _solve_together(
@@ -623,8 +360,8 @@ def step_kernel(
             query_heads * WIDTH,
             key_heads * WIDTH,
             of_gram,
-            decay_rate,
-            decay_bias,
+            rate,
+            bias,
             solution_mix,
             input_gate,
             numbers,
@@ -645,58 +382,49 @@ def step_kernel(
         )
     if PART != 1:
         if not EAGER:
-            state, value_offset, value_mask = _state(value_at, value_rows, value_inside, columns, WIDTH)
+            state, value_offset, value_mask = load_state(value_at, value_rows, value_inside, columns, WIDTH)
         previous = 0
         reads = mixed + place * WIDTH
         if MIXER:
             weight = tl.load(norm_weight + value_rows, mask=value_inside, other=0.0).to(tl.float32)
-        if SEVERAL:
-            writing = token_vector(key, 0, length, key_heads * WIDTH, columns, WIDTH)
-            v, value_gate, value_log, value_number, opening = _written(
-                tokens, 0, GATED, DECAYS > 0, PACKED, OPENED, VALUE_WIDTH
-            )
-            if PAIRED:
-                tl.extra.cuda.gdc_wait()
-            tl.debug_barrier()
-            reading = token_vector(reads, 0, length, heads * WIDTH, columns, WIDTH)
-        else:
-            reading, writing = tl.reshape(q, columns.shape), tl.reshape(k, columns.shape)
+        writing = token_vector(key, 0, length, key_heads * WIDTH, columns, WIDTH)
+        v, value_gate, value_log, value_number, opening = _written(
+            tokens, 0, GATED, DECAYS > 0, PACKED, OPENED, VALUE_WIDTH
+        )
+        if PAIRED:
+            tl.extra.cuda.gdc_wait()
+        tl.debug_barrier()
+        reading = token_vector(reads, 0, length, heads * WIDTH, columns, WIDTH)
         for token in range(0, value_updates):
-            if SEVERAL:
-                next_reading = token_vector(reads, token + 1, length, heads * WIDTH, columns, WIDTH)
-                next_writing = token_vector(key, token + 1, length, key_heads * WIDTH, columns, WIDTH)
-                next_v, next_gate, next_log, next_number, next_opening = _written(
-                    tokens, token + 1, GATED, DECAYS > 0, PACKED, OPENED, VALUE_WIDTH
-                )
+            next_reading = token_vector(reads, token + 1, length, heads * WIDTH, columns, WIDTH)
+            next_writing = token_vector(key, token + 1, length, key_heads * WIDTH, columns, WIDTH)
+            next_v, next_gate, next_log, next_number, next_opening = _written(
+                tokens, token + 1, GATED, DECAYS > 0, PACKED, OPENED, VALUE_WIDTH
+            )
             if GATED:
                 factor = opened(value_gate, input_gate, MIXER)
-                v = v * factor
-                if SEVERAL:
-                    writing = writing * factor
+                v, writing = v * factor, writing * factor
             keep = 1.0
             if DECAYS > 0:
-                keep = tl.exp(log_kept(value_log, decay_rate, decay_bias, MIXER))
+                keep = tl.exp(log_kept(value_log, rate, bias, MIXER))
             if PACKED:
                 keep = tl.where(value_number == previous, keep, 0.0)
                 previous = value_number
-            if PADDED:
-                v, keep = tl.where(there, v, 0.0), tl.where(there, keep, 1.0)
             target = (place + token * heads) * VALUE_WIDTH + value_rows
-            state = state * keep + _wide(v) * _along(writing)
+            state = state * keep + wide(v) * along(writing)
             if EVERY:
                 tl.store(
                     value_keys + (place + token * heads) * VALUE_WIDTH * WIDTH + value_offset, state, mask=value_mask
                 )
-            y = _row_sums(state * _along(reading)) * scale
+            y = summed_rows(state * along(reading)) * scale
             if MIXER:
                 y = rounded(y, outputs)
                 y = y / tl.sqrt(tl.sum(y * y, 0) / VALUE_WIDTH + eps) * weight
                 if OUTPUT_GATED:
                     y = y * silu(opening)
             tl.store(outputs + target, y.to(outputs.dtype.element_ty), mask=value_inside)
-            if SEVERAL:
-                reading, writing, v, opening = next_reading, next_writing, next_v, next_opening
-                value_gate, value_log, value_number = next_gate, next_log, next_number
+            reading, writing, v, opening = next_reading, next_writing, next_v, next_opening
+            value_gate, value_log, value_number = next_gate, next_log, next_number
         tl.store(value_key_out + line * VALUE_WIDTH * WIDTH + value_offset, state, mask=value_mask)
 
 
@@ -883,8 +611,11 @@ WARPS = {16: 1, 32: 1, 64: 2, 128: 4}
 SPREAD_PROGRAMS = 64
 # Up to how many heads of all rows of width 64 have twice the warps, and with them room for both states.
 EAGER_PROGRAMS = 132
-# From how many heads of all rows on single tokens of width 128 read and write their states in whole lines of memory.
-LINED_PROGRAMS = 512
+# From how many heads of all rows on single tokens have the value state on its way during the solve, and read and write
+# states in whole lines of memory, by the wider of both widths: without and with the convolution.
+AHEAD_PROGRAMS = ({128: 512}, {64: 1024, 128: 1})
+# Registers of a thread for a single token by the wider of both widths: with these, a multiprocessor holds six programs.
+TOKEN_REGISTERS = {64: 168}
 # The least ridge for which the residual of pipelined conjugate gradients in float32, a recursion, is the true one.
 PIPELINED_RIDGE = 0.01
 # How many programs prepare tokens; each does as many rows as that takes.
@@ -898,27 +629,10 @@ STEP_TURNS = {64: (6, 2), 128: (2, 10)}
 CHUNK_TURNS = (2, 24)
 # From how many tokens of all heads on four tokens and more are taken as a chunk.
 TOGETHER_TOKENS = 512
-# `step_kernel`'s constants that `few_kernel` has, too.
-FEW_CONSTANTS = (
-    "EARLY",
-    "MIXER",
-    "DECAYS",
-    "GATED",
-    "MIXED",
-    "OUTPUT_GATED",
-    "PACKED",
-    "EVERY",
-    "WIDTH",
-    "VALUE_WIDTH",
-    "BLOCK",
-    "VALUE_BLOCK",
-)
-# A step of the operator alone.
+# The convolution of a step of the operator alone.
 BARE = {
-    "MIXER": False,
     "CONVOLVES": False,
     "TAPS": 1,
-    "SLOTS": 1,
     "KEY_SILU": False,
     "VALUE_CONV": False,
     "VALUE_SILU": False,
@@ -946,14 +660,16 @@ def gka_triton_step(
         (inputs.log_decay, inputs.key_log_decay, inputs.solution_mix, inputs.input_gate, None),
         inputs.numbers,
         None,
-        (none,) * 9,
+        (none,) * 6,
+        (none,) * 3,
         (*state, *after, *trail),
         outputs,
         heads,
         solver,
         scale,
         0.0,
-        {"DECAYS": decay_count(inputs), "EVERY": every, "EARLY": False, **BARE},
+        {"MIXER": False, "DECAYS": decay_count(inputs), "EVERY": every, "EARLY": False},
+        BARE,
     )
     return outputs, *after, *trail
 
@@ -977,7 +693,6 @@ def gka_triton_mixer_step(inputs: MixerInputs, solver: GKASolver, options: Mixer
     taps, early = inputs.query_taps.shape[1], _may_overlap(none)
     convolution = {
         "TAPS": taps,
-        "SLOTS": triton.next_power_of_2(taps),
         "KEY_SILU": options.key_silu,
         "VALUE_CONV": inputs.value_taps is not None,
         "VALUE_SILU": options.value_silu,
@@ -1007,6 +722,7 @@ def gka_triton_mixer_step(inputs: MixerInputs, solver: GKASolver, options: Mixer
             value_heads,
             PADDED=inputs.valid is not None,
             SEVERAL=length > 1,
+            SLOTS=triton.next_power_of_2(taps),
             WIDTH=width,
             VALUE_WIDTH=value_width,
             BLOCK=filled(width),
@@ -1020,7 +736,8 @@ def gka_triton_mixer_step(inputs: MixerInputs, solver: GKASolver, options: Mixer
         (inputs.decay_step, None, inputs.solution_mix, inputs.input_gate, inputs.output_gate),
         None,
         inputs.valid,
-        (*pasts, *weights, *present(inputs.decay_rate, inputs.decay_bias), inputs.norm_weight),
+        (*pasts, *weights),
+        (*present(inputs.decay_rate, inputs.decay_bias), inputs.norm_weight),
         (inputs.key_gram, inputs.value_key, inputs.key_gram, inputs.value_key, none, none),
         outputs,
         heads,
@@ -1028,14 +745,12 @@ def gka_triton_mixer_step(inputs: MixerInputs, solver: GKASolver, options: Mixer
         options.scale,
         options.eps,
         {
-            **BARE,
-            **(convolution if alone else {}),
             "MIXER": True,
-            "CONVOLVES": alone,
             "DECAYS": 0 if inputs.decay_step is None else 1 if options.decay_gram else 3,
             "EVERY": False,
             "EARLY": early,
         },
+        {"CONVOLVES": True, **convolution} if alone else BARE,
     )
     return outputs
 
@@ -1075,90 +790,128 @@ def turns(way: str, programs: int, widest: int, processors: int) -> tuple[int, i
 
 
 def convolves(length: int, heads: int, convolved: tuple[int, ...]) -> bool:
-    """`step_kernel`'s CONVOLVES: a context that several heads read has to be replaced by a launch of its own."""
+    """`token_kernel`'s CONVOLVES: a context that several heads read has to be replaced by a launch of its own."""
     return length == 1 and all(count == heads for count in convolved)
 
 
-def layout(length: int, programs: int, widest: int, convolving: bool) -> tuple[bool, int]:
-    """`step_kernel`'s EAGER, which comes with twice the warps, and PIECE for tokens of `programs` heads."""
-    eager = widest == 64 and programs <= EAGER_PROGRAMS
-    # A step that convolves, too, has no registers left for it.
-    lined = length == 1 and widest == 128 and programs >= LINED_PROGRAMS and not convolving
-    return eager, 32 if lined else 16
+def layout(programs: int, widest: int) -> tuple[bool, int]:
+    """`step_kernel`'s EAGER, which comes with twice the warps, and PIECE for several tokens of `programs` heads."""
+    return widest == 64 and programs <= EAGER_PROGRAMS, 16
 
 
-def _launch(tokens, gates, numbers, valid, surroundings, states, outputs, heads, solver, scale, eps, options) -> None:
+def token_layout(programs: int, widest: int, convolving: bool, nvidia: bool) -> dict[str, int]:
+    """`token_kernel`'s STAGES and PIECE and its launch options for one token of `programs` heads."""
+    ahead = programs >= AHEAD_PROGRAMS[convolving].get(widest, programs + 1)
+    options = {"num_warps": WARPS[widest], "STAGES": 2 if ahead else 1, "PIECE": min(widest, 32 if ahead else 16)}
+    if nvidia and widest in TOKEN_REGISTERS:
+        options["maxnreg"] = TOKEN_REGISTERS[widest]
+    return options
+
+
+def _launch(
+    tokens,
+    gates,
+    numbers,
+    valid,
+    contexts,
+    parameters,
+    states,
+    outputs,
+    heads,
+    solver,
+    scale,
+    eps,
+    options,
+    convolution,
+) -> None:
     query, key, value = tokens
     batch, length, query_heads, width = query.shape
     block, value_block = filled(width), filled(value.shape[-1])
     programs, widest = batch * heads, max(block, value_block)
-    eager, piece = layout(length, programs, widest, options["CONVOLVES"])
     solves = method(solver) != METHODS["none"]
     chosen = way(length, programs, widest, query.dtype, solver) if solves else "each"
-    processors = multiprocessors(query.device)
-    crowd, sleeps = turns(chosen, programs, widest, processors)
-    # What reads of every token; it stays in registers where `few_kernel` or a single token is at work.
-    stored = 0 if chosen == "few" or length == 1 else length
-    mixed = torch.empty(batch, stored, heads, width, dtype=torch.float32, device=query.device)
+    processors, nvidia = multiprocessors(query.device), compute_capability(query.device) >= 70
+    precise = query.dtype == torch.float32
+    # What every kernel takes, and what all but `few_kernel` do.
+    inputs = (query, key, value, *(query if t is None else t for t in gates), query if numbers is None else numbers)
+    sizes = (heads, query_heads, key.shape[2], value.shape[2])
+    tolerance = solver.squared_tolerance(TOLERANCE["float32" if precise else "float16"])
+    settings = (solver.iterations, solver.ridge_ratio, tolerance, scale, eps)
+    pace = (processors, *turns(chosen, programs, widest, processors))
     constants = {
-        "METHOD": method(solver),
-        "SEVERAL": length > 1,
-        "PIPELINED": query.dtype != torch.float32 and solver.ridge_ratio >= PIPELINED_RIDGE,
-        "PAIRED": False,
-        "TURNS": False,
-        "EAGER": eager,
-        "PIECE": min(block, piece),
+        **_overlap(options["EARLY"]),
         "GATED": gates[3] is not None,
         "MIXED": gates[2] is not None,
         "OUTPUT_GATED": gates[4] is not None,
         "PACKED": numbers is not None,
-        "PADDED": valid is not None,
-        "BLOCK": block,
-        "VALUE_BLOCK": value_block,
         "WIDTH": width,
         "VALUE_WIDTH": value.shape[-1],
         **options,
     }
-
-    def arguments(surroundings, *scratch):
-        """What either kernel takes."""
-        return (
-            query,
-            key,
-            value,
-            *(query if t is None else t for t in gates),
-            query if numbers is None else numbers,
-            *surroundings,
+    solves_one = {
+        "METHOD": method(solver),
+        "PIPELINED": not precise and solver.ridge_ratio >= PIPELINED_RIDGE,
+        "TURNS": nvidia,
+    }
+    if length == 1:
+        token_kernel[(programs,)](
+            *inputs,
+            query if valid is None else valid,
+            *contexts,
+            *parameters,
             *states,
-            *scratch,
+            outputs,
+            *sizes,
+            *settings,
+            *pace,
+            PADDED=valid is not None,
+            BLOCK=widest,
+            **token_layout(programs, widest, convolution["CONVOLVES"], nvidia),
+            **constants,
+            **solves_one,
+            **convolution,
+        )
+        return
+    blocks = {"BLOCK": block, "VALUE_BLOCK": value_block}
+    if chosen == "few":
+        few_kernel[(programs,)](
+            *inputs,
+            *parameters,
+            *states,
             outputs,
             length,
-            heads,
-            query_heads,
-            key.shape[2],
-            value.shape[2],
-            solver.iterations,
-            solver.ridge_ratio,
-            solver.squared_tolerance(TOLERANCE["float32" if query.dtype == torch.float32 else "float16"]),
-            scale,
-            eps,
+            *sizes,
+            *settings,
+            **constants,
+            **blocks,
+            num_warps=WARPS[widest],
         )
+        return
+    eager, piece = layout(programs, widest)
+    # What reads of every token.
+    mixed = torch.empty(batch, length, heads, width, dtype=torch.float32, device=query.device)
 
-    def start(grid: tuple[int, ...], **changes: int) -> None:
-        flags = constants | changes
-        flags |= _overlap(flags["EARLY"])
-        given = arguments((query if valid is None else valid, *surroundings), mixed)
+    def start(*grid: int, **changes: int) -> None:
+        flags = {"PAIRED": False, "EAGER": eager, "PIECE": min(block, piece), **constants, **solves_one, **blocks}
+        flags |= changes
         step_kernel[grid](
-            *given, processors, crowd, sleeps, **flags, num_warps=WARPS[widest] * (2 if flags["EAGER"] else 1)
+            *inputs,
+            *parameters,
+            *states,
+            mixed,
+            outputs,
+            length,
+            *sizes,
+            *settings,
+            *pace,
+            **flags,
+            num_warps=WARPS[widest] * (2 if flags["EAGER"] else 1),
         )
 
     if chosen == "spread":
         # Part 2 runs beside part 1 and has its states loaded when that has solved.
         beside = {"PAIRED": True, "EAGER": True, "launch_pdl": True} if _may_overlap(query) else {}
-        start((programs, length), PART=1, EVERY=False, PAIRED=bool(beside))
-        start((programs, 2), PART=2, EARLY=False, **beside)
-    elif chosen == "few":
-        flags = {name: constants[name] for name in FEW_CONSTANTS} | _overlap(constants["EARLY"])
-        few_kernel[(programs,)](*arguments(surroundings[-3:]), **flags, num_warps=WARPS[widest])
+        start(programs, length, PART=1, EVERY=False, TURNS=False, PAIRED=bool(beside))
+        start(programs, 2, PART=2, EARLY=False, TURNS=False, **beside)
     else:
-        start((programs,), PART=3 if chosen == "chunk" else 0, TURNS=compute_capability(query.device) >= 70)
+        start(programs, PART=3 if chosen == "chunk" else 0)
