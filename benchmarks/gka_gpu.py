@@ -22,6 +22,7 @@ from record import RESULTS, continued, environment, write
 
 from kalman_kernels import GKASolver, GKAState, gated_kalmanet, gated_kalmanet_step
 from kalman_kernels.gka import MixerInputs, MixerOptions, gka_mixer_step
+from kalman_kernels.gka.mixer import REPLACED
 
 SECTIONS = ("ceilings", "decode", "kernels", "prefill", "scaling")
 # (B, T, H, D)
@@ -201,12 +202,25 @@ def step_inputs(batch, length, heads, width):
     return (query, key, value, torch.zeros_like(log_decay), mix), torch.full_like(gate, CLOSED_GATE)
 
 
-def decode(rows, save):
+def size(*tensors):
+    """Bytes of tensors."""
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def decode(rows, save, copy_tb_per_s=None):
     solver = GKASolver("cg", 20)
     for batch, heads, width in DECODE:
         inputs = mixer_inputs(batch, heads, width)
         state = GKAState(inputs.key_gram, inputs.value_key)
-        moved = 2 * 4 * 2 * batch * heads * width * width
+        moved = 2 * size(*state)
+        # What a call cannot avoid: all that it reads and what it writes, replaced tensors both.
+        output = size(inputs.query)
+        needed = {
+            name: moved + size(*tensors, gate) + count * output
+            for name, count in (("step", 1), ("step_4_tokens", 4))
+            for tensors, gate in (step_inputs(batch, count, heads, width),)
+        }
+        needed["mixer_step"] = size(*inputs) + size(*(getattr(inputs, name) for name in REPLACED)) + output
         row = {"batch": batch, "heads": heads, "width": width, "state_bytes_moved": moved}
 
         def step(count, batch=batch, heads=heads, width=width, state=state):
@@ -223,15 +237,18 @@ def decode(rows, save):
         for name, call in cases.items():
             eager = milliseconds(call)
             graph = replayed(call)
-            row[name] = {"eager": eager, "graph": graph}
+            row[name] = {"eager": eager, "graph": graph, "bytes_moved": needed[name]}
             row[name]["state_tb_per_s"] = round(moved / graph["median_ms"] / 1e9, 3)
+            row[name]["tb_per_s"] = round(needed[name] / graph["median_ms"] / 1e9, 3)
+            if copy_tb_per_s:
+                row[name]["share_of_copy"] = round(row[name]["tb_per_s"] / copy_tb_per_s, 3)
         rows.append(row)
         save()
         print(
             f"decode {batch}x{heads}x{width}: "
             + ", ".join(
-                f"{n} {row[n]['graph']['median_ms'] * 1e3:.1f} us ({row[n]['state_tb_per_s']} TB/s, eager "
-                f"{row[n]['eager']['median_ms'] * 1e3:.0f})"
+                f"{n} {row[n]['graph']['median_ms'] * 1e3:.1f} us ({row[n]['tb_per_s']} TB/s, "
+                f"{row[n].get('share_of_copy')} of a copy, eager {row[n]['eager']['median_ms'] * 1e3:.0f})"
                 for n in cases
             ),
             flush=True,
@@ -355,11 +372,11 @@ def tune():
 
 
 def tune_step():
-    """Microseconds of several tokens by the way they are taken, of one by how long programs wait to take turns."""
+    """Microseconds of several tokens by the way they are taken, of one by its layout and how long programs wait."""
     from kalman_kernels.gka import triton_step
 
     solver, heads, width = GKASolver("cg", 20), 16, 128
-    chosen = {name: getattr(triton_step, name) for name in ("way", "turns")}
+    chosen = {name: getattr(triton_step, name) for name in ("way", "turns", "token_layout")}
     processors = torch.cuda.get_device_properties("cuda").multi_processor_count
 
     def microseconds(call, **changes):
@@ -376,11 +393,22 @@ def tune_step():
             call = partial(gated_kalmanet_step, *tensors, input_gate=gate, state=state, solver=solver, in_place=True)
             ways = ("each", "spread", "few", "chunk") if length <= 4 else ("each", "spread", "chunk")
             print(f"{length} tokens of {batch} rows", {way: microseconds(call, way=way) for way in ways}, flush=True)
-        call = partial(
+        mixer = partial(
             gka_mixer_step, mixer_inputs(batch, heads, width), solver, MixerOptions(True, True, True, width**-0.5, 1e-6)
         )
-        times = {sleeps: microseconds(call, turns=(2 * processors, sleeps)) for sleeps in (0, 5, 10, 15, 20)}
-        print(f"a mixer's token of {batch} rows", times, flush=True)
+        tensors, gate = step_inputs(batch, 1, heads, width)
+        alone = partial(gated_kalmanet_step, *tensors, input_gate=gate, state=state, solver=solver, in_place=True)
+        for name, call in (("a mixer's", mixer), ("the operator's", alone)):
+            times = {
+                (stages, piece, sleeps): microseconds(
+                    call,
+                    token_layout={"num_warps": 4, "STAGES": stages, "PIECE": piece},
+                    turns=(2 * processors, sleeps),
+                )
+                for stages, piece in ((1, 16), (2, 16), (2, 32))
+                for sleeps in (0, 5, 10, 15, 20)
+            }
+            print(f"{name} token of {batch} rows by (STAGES, PIECE, sleeps)", times, flush=True)
 
 
 TUNED = {"chunks": tune, "step": tune_step}
@@ -418,7 +446,10 @@ def main():
     if "ceilings" in options.sections:
         result["ceilings"] = ceilings()
         print(result["ceilings"], flush=True)
-    for name, section in (("decode", decode), ("prefill", prefill), ("scaling", scaling), ("kernels", kernels)):
+    # In one run with the copy, or beside none.
+    copied = result["ceilings"]["copy_tb_per_s"] if "ceilings" in options.sections else None
+    steps = partial(decode, copy_tb_per_s=copied)
+    for name, section in (("decode", steps), ("prefill", prefill), ("scaling", scaling), ("kernels", kernels)):
         if name in options.sections:
             section(result[name], save)
     save()

@@ -41,10 +41,12 @@ def test_bytes_are_counted_for_kernels_that_exist():
 
 def test_tuning_a_step_tries_its_options_and_leaves_what_is_chosen(monkeypatch, capsys):
     step = pytest.importorskip("kalman_kernels.gka.triton_step")
-    chosen, seen = (step.way, step.turns), []
+    chosen, seen = (step.way, step.turns, step.token_layout), []
 
     def replayed(call):
-        seen.append((step.way(4, 4096, 128, torch.float16, GKASolver("cg", 20)), step.turns("each", 4096, 128, 132)))
+        way = step.way(4, 4096, 128, torch.float16, GKASolver("cg", 20))
+        layout = step.token_layout(4096, 128, False, True)
+        seen.append((way, step.turns("each", 4096, 128, 132), (layout["STAGES"], layout["PIECE"])))
         return {"median_ms": 1e-3 * len(seen)}
 
     monkeypatch.setattr(gka_gpu, "replayed", replayed)
@@ -53,7 +55,9 @@ def test_tuning_a_step_tries_its_options_and_leaves_what_is_chosen(monkeypatch, 
     monkeypatch.setattr(gka_gpu, "step_inputs", lambda *_: ((), None))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(multi_processor_count=100))
     gka_gpu.tune_step()
-    assert (step.way, step.turns) == chosen
-    assert {way for way, _ in seen} == {"each", "spread", "few", "chunk"}
-    assert {sleeps for way, (crowd, sleeps) in seen if crowd == 200} == {0, 5, 10, 15, 20}
-    assert len(capsys.readouterr().out.splitlines()) == 20
+    assert (step.way, step.turns, step.token_layout) == chosen
+    assert {way for way, *_ in seen} == {"each", "spread", "few", "chunk"}
+    assert {(sleeps, layout) for _, (crowd, sleeps), layout in seen if crowd == 200} == {
+        (sleeps, layout) for sleeps in (0, 5, 10, 15, 20) for layout in ((1, 16), (2, 16), (2, 32))
+    }
+    assert len(capsys.readouterr().out.splitlines()) == 24

@@ -76,19 +76,20 @@ def two_sums(a, b, c, d):
 
 @triton.jit
 def solve_one(
-    gram, query, iterations, ridge, tolerance, METHOD: tl.constexpr, PIPELINED: tl.constexpr, PIECE: tl.constexpr
+    gram, query, rr, iterations, ridge, tolerance, METHOD: tl.constexpr, PIPELINED: tl.constexpr, PIECE: tl.constexpr
 ):
     """(gram + ridge ||gram||_F I)^-1 query in float32, gram symmetric; README eqs. 3-5.
 
-    PIPELINED: conjugate gradients whose inner products do not wait for the product with gram (Ghysels & Vanroose 2014).
+    `rr` is query^T query. PIPELINED: conjugate gradients whose inner products do not wait for the product with gram
+    (Ghysels & Vanroose 2014).
     """
-    norm = tl.sqrt(tl.sum(gram * gram))
+    # Two sums: a chain of a quarter of the additions, one after the other, in a thread.
+    norm = tl.sqrt(tl.sum(tl.sum(gram * gram, BLOCK_AXIS)))
     ridge = ridge * norm
     x = tl.zeros_like(query)
     step = 0
     if METHOD == 1:
         residual, direction = query, query
-        rr = tl.sum(query * query, 0)
         # An empty state (norm 0) is solved by 0.
         enough = tl.where(norm > 0, tolerance * rr, rr)
         # Triton 3.6 to 3.8 compile the plain loop only if `busy` comes after what it carries, here and inside.
@@ -205,6 +206,7 @@ def share_of(mix_at, MIXED: tl.constexpr, MIXER: tl.constexpr):
 def mixed_query(
     gram,
     query,
+    rr,
     mix,
     iterations,
     ridge,
@@ -213,8 +215,8 @@ def mixed_query(
     PIPELINED: tl.constexpr,
     PIECE: tl.constexpr,
 ):
-    """The query that reads: with a share `mix` of its solution."""
-    x = solve_one(gram, query, iterations, ridge, tolerance, METHOD, PIPELINED, PIECE)
+    """The query that reads: with a share `mix` of its solution. `rr` is query^T query."""
+    x = solve_one(gram, query, rr, iterations, ridge, tolerance, METHOD, PIPELINED, PIECE)
     return query + mix * (x - query)
 
 

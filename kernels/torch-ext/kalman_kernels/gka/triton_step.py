@@ -342,14 +342,14 @@ def step_kernel(
             tl.store(gram_out + line * WIDTH * WIDTH + offset, gram, mask=mask)
         if (PART == 0) & (METHOD != 0):
             mix = share_of(solution_mix + token * heads, MIXED, MIXER)
-            q = mixed_query(gram, q, mix, iterations, ridge, tolerance, METHOD, PIPELINED, PIECE)
+            q = mixed_query(gram, q, tl.sum(q * q, 0), mix, iterations, ridge, tolerance, METHOD, PIPELINED, PIECE)
         if PART == 0:
             # What reads waits for the value state.
             tl.store(mixed + (place + token * heads) * WIDTH + rows, q, mask=inside)
         k, gate, log, number = next_k, next_gate, next_log, next_number
     if PART == 1:
         mix = share_of(solution_mix + last * heads, MIXED, MIXER)
-        q = mixed_query(gram, q, mix, iterations, ridge, tolerance, METHOD, PIPELINED, PIECE)
+        q = mixed_query(gram, q, tl.sum(q * q, 0), mix, iterations, ridge, tolerance, METHOD, PIPELINED, PIECE)
         tl.store(mixed + (place + last * heads) * WIDTH + rows, q, mask=inside)
     if PART == 3:
         _solve_together(

@@ -214,7 +214,7 @@ def token_kernel(
     nothing = tl.zeros([BLOCK], tl.float32)
     # The query, then what reads; the key; the value; what opens the output.
     q, k, v, opening = nothing, nothing, nothing, nothing
-    keep, value_keep, mix = 1.0, 1.0, 1.0
+    keep, value_keep, mix, rr = 1.0, 1.0, 1.0, 0.0
     query_past += query_line * WIDTH * (TAPS - 1)
     key_past += key_line * WIDTH * (TAPS - 1)
     value_past += value_line * VALUE_WIDTH * (TAPS - 1)
@@ -324,6 +324,8 @@ def token_kernel(
             if PADDED:
                 q, k, v = tl.where(there != 0, q, 0.0), tl.where(there != 0, k, 0.0), tl.where(there != 0, v, 0.0)
                 keep, value_keep = tl.where(there != 0, keep, 1.0), tl.where(there != 0, value_keep, 1.0)
+            # Ahead of the state, which is under way.
+            rr = tl.sum(q * q, 0)
         state = state * (keep if of_keys else value_keep) + wide(tl.where(of_keys, k, v)) * across(k, PIECE)
         # Under way while the solve runs.
         tl.store((gram_out if of_keys else value_key_out) + place + offset, state, mask=mask)
@@ -331,7 +333,7 @@ def token_kernel(
             tl.store((grams if of_keys else value_keys) + place + offset, state, mask=mask)
         if of_keys:
             if METHOD != 0:
-                q = mixed_query(state, q, mix, iterations, ridge, tolerance, METHOD, PIPELINED, PIECE)
+                q = mixed_query(state, q, rr, mix, iterations, ridge, tolerance, METHOD, PIPELINED, PIECE)
         else:
             y = times(state, q, PIECE) * scale
             if MIXER:
