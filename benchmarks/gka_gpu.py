@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from gpu_timing import ceilings, extra_memory, milliseconds, plot_scaling, replayed
+from gpu_timing import ceilings, clock_mhz, extra_memory, milliseconds, plot_scaling, replayed
 from record import RESULTS, continued, environment, write
 
 from kalman_kernels import GKASolver, GKAState, gated_kalmanet, gated_kalmanet_step
@@ -237,7 +237,7 @@ def decode(rows, save, copy_tb_per_s=None):
         for name, call in cases.items():
             eager = milliseconds(call)
             graph = replayed(call)
-            row[name] = {"eager": eager, "graph": graph, "bytes_moved": needed[name]}
+            row[name] = {"eager": eager, "graph": graph, "clock_mhz": clock_mhz(), "bytes_moved": needed[name]}
             row[name]["state_tb_per_s"] = round(moved / graph["median_ms"] / 1e9, 3)
             row[name]["tb_per_s"] = round(needed[name] / graph["median_ms"] / 1e9, 3)
             if copy_tb_per_s:

@@ -1,6 +1,8 @@
 """Device time and memory of calls on a GPU."""
 
+import shutil
 import statistics
+import subprocess
 
 import torch
 from record import drawing
@@ -35,6 +37,15 @@ def replayed(function, launches=20):
         for _ in range(launches):
             function()
     return {key: round(value / launches, 5) for key, value in milliseconds(graph.replay).items()}
+
+
+def clock_mhz():
+    """The multiprocessors' clock right after a measurement: at its power limit a GPU lowers it. None if unknown."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    query = ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
+    clocks = subprocess.run(query, capture_output=True, text=True).stdout.split()
+    return int(clocks[torch.cuda.current_device()]) if clocks and all(c.isdigit() for c in clocks) else None
 
 
 def extra_memory(function):

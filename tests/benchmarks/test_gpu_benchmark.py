@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import gka_gpu
+import gpu_timing
 import pytest
 import torch
 
@@ -61,3 +62,49 @@ def test_tuning_a_step_tries_its_options_and_leaves_what_is_chosen(monkeypatch, 
         (sleeps, layout) for sleeps in (0, 5, 10, 15, 20) for layout in ((1, 16), (2, 16), (2, 32))
     }
     assert len(capsys.readouterr().out.splitlines()) == 24
+
+
+@pytest.mark.parametrize(
+    ("found", "printed", "clock"), [(None, "", None), ("/x", "1980\n1815\n", 1815), ("/x", "N/A", None)]
+)
+def test_a_clock_is_that_of_the_device_or_unknown(found, printed, clock, monkeypatch):
+    monkeypatch.setattr(gpu_timing.shutil, "which", lambda _: found)
+    monkeypatch.setattr(gpu_timing.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=printed))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert gpu_timing.clock_mhz() == clock
+
+
+def test_a_step_moves_its_states_and_all_that_a_token_brings(monkeypatch, capsys):
+    """Two rows of one head of width 4 in bfloat16, a convolution of four taps."""
+    batch, heads, width = 2, 1, 4
+    states = [torch.zeros(batch, heads, width, width) for _ in range(2)]
+
+    def half(*shape):
+        return torch.zeros(*shape, dtype=torch.bfloat16)
+
+    vector, number = half(batch, 1, heads, width), half(batch, 1, heads)
+    contexts, taps = [half(batch, width, 3) for _ in range(3)], [half(width, 4) for _ in range(3)]
+    floats = [torch.zeros(heads) for _ in range(2)]
+    inputs = gka_gpu.MixerInputs(
+        *[vector] * 3, *[number] * 3, vector, *contexts, *taps, *floats, half(width), *states, None
+    )
+    monkeypatch.setattr(gka_gpu, "DECODE", [(batch, heads, width)])
+    monkeypatch.setattr(gka_gpu, "mixer_inputs", lambda *_: inputs)
+    monkeypatch.setattr(gka_gpu, "step_inputs", lambda b, n, h, w: ([half(b, n, h, w)] * 3 + [number] * 2, number))
+    for name in ("milliseconds", "replayed"):
+        monkeypatch.setattr(gka_gpu, name, lambda _: {"median_ms": 1e-9})
+    monkeypatch.setattr(gka_gpu, "clock_mhz", lambda: None)
+    rows = []
+    gka_gpu.decode(rows, lambda: None, copy_tb_per_s=1000.0)
+    (row,) = rows
+    moved, vectors = 2 * 2 * 4 * batch * width**2, 2 * batch * width
+    assert row["state_bytes_moved"] == moved
+    # Query, key, value and output of each token; three numbers.
+    numbers = 3 * 2 * batch
+    assert row["step"]["bytes_moved"] == moved + 4 * vectors + numbers
+    assert row["step_4_tokens"]["bytes_moved"] == moved + 16 * vectors + numbers
+    # The output gate, too, contexts read and written, taps and the parameters of decay and norm.
+    around = 2 * 3 * 3 * vectors + 3 * 4 * 2 * width + 2 * 4 + 2 * width
+    assert row["mixer_step"]["bytes_moved"] == moved + 5 * vectors + numbers + around
+    assert row["step"]["tb_per_s"] == row["step"]["bytes_moved"]
+    assert row["step"]["share_of_copy"] == row["step"]["bytes_moved"] / 1000
