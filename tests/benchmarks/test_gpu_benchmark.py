@@ -46,7 +46,7 @@ def test_tuning_a_step_tries_its_options_and_leaves_what_is_chosen(monkeypatch, 
 
     def replayed(call):
         way = step.way(4, 4096, 128, torch.float16, GKASolver("cg", 20))
-        layout = step.token_layout(4096, 128, False, True)
+        layout = step.token_layout(4096, 128, False, 90)
         seen.append((way, step.turns("each", 4096, 128, 132), (layout["STAGES"], layout["PIECE"])))
         return {"median_ms": 1e-3 * len(seen)}
 

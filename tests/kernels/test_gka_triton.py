@@ -317,12 +317,14 @@ def test_layouts_by_width_and_heads():
     assert [layout(heads, 64) for heads in (9, 4096)] == [(True, 16), (False, 16)]
     assert layout(9, 32) == layout(4096, 128) == (False, 16)
     near, ahead = {"num_warps": 4, "STAGES": 1, "PIECE": 16}, {"num_warps": 4, "STAGES": 2, "PIECE": 32}
-    assert [token_layout(heads, 128, False, True) for heads in (16, 4096)] == [near, ahead]
-    assert token_layout(16, 128, True, True) == ahead
+    assert [token_layout(heads, 128, False, 90) for heads in (16, 4096)] == [near, ahead]
+    assert token_layout(16, 128, True, 90) == ahead
+    # Too little shared memory for two programs; no NVIDIA device.
+    assert token_layout(4096, 128, True, 89) == token_layout(4096, 128, True, 0) == near
     limited = {"num_warps": 2, "maxnreg": 168}
-    assert [token_layout(heads, 64, True, True) for heads in (9, 4096)] == [near | limited, ahead | limited]
-    assert token_layout(4096, 64, False, False) == near | {"num_warps": 2}
-    assert token_layout(4096, 32, True, True) == near | {"num_warps": 1}
+    assert [token_layout(heads, 64, True, 90) for heads in (9, 4096)] == [near | limited, ahead | limited]
+    assert token_layout(4096, 64, True, 0) == near | {"num_warps": 2}
+    assert token_layout(4096, 32, True, 90) == near | {"num_warps": 1}
 
 
 def test_a_small_ridge_is_solved_as_well():

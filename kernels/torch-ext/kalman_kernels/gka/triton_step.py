@@ -17,6 +17,7 @@ from .mixer import MixerInputs, MixerOptions
 from .reference import GKASolver
 from .triton_common import (
     METHODS,
+    ROOMY,
     TOLERANCE,
     counted,
     decay_of,
@@ -611,8 +612,8 @@ WARPS = {16: 1, 32: 1, 64: 2, 128: 4}
 SPREAD_PROGRAMS = 64
 # Up to how many heads of all rows of width 64 have twice the warps, and with them room for both states.
 EAGER_PROGRAMS = 132
-# From how many heads of all rows on single tokens have the value state on its way during the solve, and read and write
-# states in whole lines of memory, by the wider of both widths: without and with the convolution.
+# From how many heads of all rows on a single token has the value state on its way during the solve, and states are read
+# and written in whole lines of memory, by the wider of both widths: without and with the convolution.
 AHEAD_PROGRAMS = ({128: 512}, {64: 1024, 128: 1})
 # Registers of a thread for a single token by the wider of both widths: with these, a multiprocessor holds six programs.
 TOKEN_REGISTERS = {64: 168}
@@ -783,7 +784,7 @@ def way(length: int, programs: int, widest: int, dtype: torch.dtype, solver: GKA
 
 
 def turns(way: str, programs: int, widest: int, processors: int) -> tuple[int, int]:
-    """`_take_turns`'s crowd and sleeps; none where no program has to wait for another to end."""
+    """`take_turns`'s crowd and sleeps; none where no program has to wait for another to end."""
     side_by_side, sleeps = CHUNK_TURNS if way == "chunk" else STEP_TURNS.get(widest, (1, 0))
     crowd = side_by_side * processors
     return (crowd, sleeps) if sleeps and programs > crowd else (0, 0)
@@ -799,11 +800,12 @@ def layout(programs: int, widest: int) -> tuple[bool, int]:
     return widest == 64 and programs <= EAGER_PROGRAMS, 16
 
 
-def token_layout(programs: int, widest: int, convolving: bool, nvidia: bool) -> dict[str, int]:
+def token_layout(programs: int, widest: int, convolving: bool, capability: int) -> dict[str, int]:
     """`token_kernel`'s STAGES and PIECE and its launch options for one token of `programs` heads."""
-    ahead = programs >= AHEAD_PROGRAMS[convolving].get(widest, programs + 1)
+    # Shared memory for the states of as many programs as registers have room for.
+    ahead = capability in ROOMY and programs >= AHEAD_PROGRAMS[convolving].get(widest, programs + 1)
     options = {"num_warps": WARPS[widest], "STAGES": 2 if ahead else 1, "PIECE": min(widest, 32 if ahead else 16)}
-    if nvidia and widest in TOKEN_REGISTERS:
+    if capability and widest in TOKEN_REGISTERS:
         options["maxnreg"] = TOKEN_REGISTERS[widest]
     return options
 
@@ -830,9 +832,9 @@ def _launch(
     programs, widest = batch * heads, max(block, value_block)
     solves = method(solver) != METHODS["none"]
     chosen = way(length, programs, widest, query.dtype, solver) if solves else "each"
-    processors, nvidia = multiprocessors(query.device), compute_capability(query.device) >= 70
+    processors, capability = multiprocessors(query.device), compute_capability(query.device)
     precise = query.dtype == torch.float32
-    # What every kernel takes, and what all but `few_kernel` do.
+    # What every kernel takes; `solves_one` and `pace` are for all but `few_kernel`.
     inputs = (query, key, value, *(query if t is None else t for t in gates), query if numbers is None else numbers)
     sizes = (heads, query_heads, key.shape[2], value.shape[2])
     tolerance = solver.squared_tolerance(TOLERANCE["float32" if precise else "float16"])
@@ -851,7 +853,7 @@ def _launch(
     solves_one = {
         "METHOD": method(solver),
         "PIPELINED": not precise and solver.ridge_ratio >= PIPELINED_RIDGE,
-        "TURNS": nvidia,
+        "TURNS": capability >= 70,
     }
     if length == 1:
         token_kernel[(programs,)](
@@ -866,7 +868,7 @@ def _launch(
             *pace,
             PADDED=valid is not None,
             BLOCK=widest,
-            **token_layout(programs, widest, convolution["CONVOLVES"], nvidia),
+            **token_layout(programs, widest, convolution["CONVOLVES"], capability),
             **constants,
             **solves_one,
             **convolution,
