@@ -19,7 +19,7 @@ from kalman_conversion import swap_attention
 
 CONTEXTS = [1024, 4096, 16384, 65536]
 STUDENTS = {"6 of 30 layers GKA": [6, 7, 16, 21, 25, 27], "15 of 30 layers GKA": "half", "30 of 30 layers GKA": "all"}
-DECODED, BATCH = 16, 16
+DECODED, BATCH = 8, 16
 
 
 def in_bfloat16(model):
