@@ -1,10 +1,11 @@
 """Compile every Triton kernel for GPUs that need not be there: the operators run on the CPU, no kernel is launched.
 
-    python benchmarks/kernel_builds.py [--capabilities 8.0 9.0]
+    python benchmarks/kernel_builds.py [--capabilities 8.0 9.0] [--brief]
 
 Adds to `results/kernel_builds.json` for the installed Triton and each compute capability how many kernels were built
 and which of them takes most shared memory. Fails where a kernel does not compile, and in the end where one takes more
-shared memory than a program may have there. Without TRITON_INTERPRET=1.
+shared memory than a program may have there. `--brief` builds every kernel, and few of them for more than one width and
+dtype. Without TRITON_INTERPRET=1.
 """
 
 import argparse
@@ -154,18 +155,26 @@ def around(dtype, channels=256, length=300):
     differentiated([gated_rms_norm(rows, gate, scale, 1e-6, implementation="triton")])
 
 
-def build(capability):
+def build(capability, brief=False):
     """Names, warps and bytes of shared memory of all kernels, built for one compute capability."""
     triton.runtime.driver.set_active(Absent(round(10 * capability)))
     compute_capability.cache_clear()
     built = recorded()
     cg, chebyshev = GKASolver("cg", 20), GKASolver("chebyshev", 30)
     gka(torch.bfloat16, 128, cg)
+    # Keys and values that several heads read are prepared by a launch of their own.
+    mixer_step(torch.bfloat16, 128, shared=True)
+    # So many heads that their tokens are taken side by side, or as a chunk.
+    mixer_step(torch.bfloat16, 128, 4, batch=64)
+    mixer_step(torch.float16, 64, 8, batch=64)
+    kla(torch.bfloat16)
+    around(torch.bfloat16)
+    if brief:
+        return list(built.values())
     gka(torch.bfloat16, 64, chebyshev, packed=True)
     gka(torch.float32, 64, cg)
     gka(torch.float32, 128, cg)
     gka_step(torch.bfloat16, 128, cg, 4, True)
-    # So many heads that their tokens are taken side by side, or as a chunk.
     gka_step(torch.bfloat16, 128, cg, 4, True, batch=64)
     gka_step(torch.bfloat16, 128, cg, 8, True, batch=64)
     gka_step(torch.float32, 64, chebyshev, 1, False)
@@ -174,19 +183,16 @@ def build(capability):
     gka_step(torch.bfloat16, 128, cg, 1, False, batch=256)
     gka_step(torch.float16, 64, cg._replace(ridge_ratio=1e-3), 2, False, batch=40)
     mixer_step(torch.bfloat16, 128)
-    # Keys and values that several heads read are prepared by a launch of their own.
-    mixer_step(torch.bfloat16, 128, shared=True)
-    mixer_step(torch.bfloat16, 128, 4, batch=64)
+    mixer_step(torch.float16, 64)
+    mixer_step(torch.bfloat16, 64, batch=512)
     mixer_step(torch.float16, 64, 4)
-    mixer_step(torch.float16, 64, 8, batch=64)
-    kla(torch.bfloat16)
-    around(torch.bfloat16)
     return list(built.values())
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capabilities", type=float, nargs="+", choices=[*SHARED], default=[*SHARED])
+    parser.add_argument("--brief", action="store_true")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     # Tensors of the CPU count as the device's.
@@ -195,7 +201,7 @@ def main():
     result["environment"] = environment()
     too_large = []
     for capability in options.capabilities:
-        kernels = build(capability)
+        kernels = build(capability, options.brief)
         largest = max(kernels, key=lambda kernel: kernel["shared"])
         over = sorted({kernel["kernel"] for kernel in kernels if kernel["shared"] > SHARED[capability]})
         too_large += [f"{name} at capability {capability}" for name in over]
