@@ -207,6 +207,7 @@ def main():
         too_large += [f"{name} at capability {capability}" for name in over]
         row = {"builds": len(kernels), "most_shared_bytes": largest["shared"], "by": largest["kernel"]}
         row |= {"too_large": over, "kernels": sorted({kernel["kernel"] for kernel in kernels})}
+        row["commit"] = result["environment"]["commit"]
         result["builds"][f"Triton {triton.__version__}, compute capability {capability}"] = row
         print(triton.__version__, capability, row["builds"], largest, over, flush=True)
         write("kernel_builds", result, options.output)
