@@ -204,7 +204,7 @@ def step_inputs(batch, length, heads, width):
 
 def size(*tensors):
     """Bytes of tensors."""
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+    return sum(t.nbytes for t in tensors if t is not None)
 
 
 def decode(rows, save, copy_tb_per_s=None):
@@ -212,34 +212,28 @@ def decode(rows, save, copy_tb_per_s=None):
     for batch, heads, width in DECODE:
         inputs = mixer_inputs(batch, heads, width)
         state = GKAState(inputs.key_gram, inputs.value_key)
-        moved = 2 * size(*state)
-        # What a call cannot avoid: all that it reads and what it writes, replaced tensors both.
-        output = size(inputs.query)
-        needed = {
-            name: moved + size(*tensors, gate) + count * output
-            for name, count in (("step", 1), ("step_4_tokens", 4))
-            for tensors, gate in (step_inputs(batch, count, heads, width),)
-        }
-        needed["mixer_step"] = size(*inputs) + size(*(getattr(inputs, name) for name in REPLACED)) + output
+        moved, output = 2 * size(*state), size(inputs.query)
         row = {"batch": batch, "heads": heads, "width": width, "state_bytes_moved": moved}
 
-        def step(count, batch=batch, heads=heads, width=width, state=state):
+        def step(count, batch=batch, heads=heads, width=width, state=state, around=moved, output=output):
             tensors, gate = step_inputs(batch, count, heads, width)
             options = {"input_gate": gate, "state": state, "solver": solver, "in_place": True}
-            return lambda: gated_kalmanet_step(*tensors, **options)
+            return partial(gated_kalmanet_step, *tensors, **options), around + size(*tensors, gate) + count * output
 
         options = MixerOptions(True, True, True, width**-0.5, 1e-6)
+        replaced = (getattr(inputs, name) for name in REPLACED)
+        # Calls and the bytes that they cannot avoid: all that is read and all that is written, what is replaced twice.
         cases = {
             "step": step(1),
-            "mixer_step": lambda inputs=inputs, options=options: gka_mixer_step(inputs, solver, options),
+            "mixer_step": (partial(gka_mixer_step, inputs, solver, options), size(*inputs, *replaced) + output),
             "step_4_tokens": step(4),
         }
-        for name, call in cases.items():
+        for name, (call, needed) in cases.items():
             eager = milliseconds(call)
             graph = replayed(call)
-            row[name] = {"eager": eager, "graph": graph, "clock_mhz": clock_mhz(), "bytes_moved": needed[name]}
+            row[name] = {"eager": eager, "graph": graph, "clock_mhz": clock_mhz(), "bytes_moved": needed}
             row[name]["state_tb_per_s"] = round(moved / graph["median_ms"] / 1e9, 3)
-            row[name]["tb_per_s"] = round(needed[name] / graph["median_ms"] / 1e9, 3)
+            row[name]["tb_per_s"] = round(needed / graph["median_ms"] / 1e9, 3)
             if copy_tb_per_s:
                 row[name]["share_of_copy"] = round(row[name]["tb_per_s"] / copy_tb_per_s, 3)
         rows.append(row)

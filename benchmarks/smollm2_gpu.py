@@ -64,7 +64,7 @@ def generation(model, context):
             "tokens_per_s": round(count / time["median_ms"], 1),
             "range": [round(count / time[k], 1) for k in ("p80_ms", "p20_ms")],
             "peak_above_cache_mib": round((torch.cuda.max_memory_allocated() - before) / 2**20, 1),
-            "cache_mib": round(sum(t.numel() * t.element_size() for t in held(cache)) / 2**20, 1),
+            "cache_mib": round(sum(t.nbytes for t in held(cache)) / 2**20, 1),
         }
         kept = []
 

@@ -24,6 +24,7 @@ SHAPES = {
         "linear_conv_kernel_dim": 3,
     },
     "own heads, shared values": {"linear_num_key_heads": 4, "use_value_conv": False, "use_output_gate": False},
+    "own heads, wide values": {"linear_num_key_heads": 4, "linear_num_value_heads": 4, "linear_value_head_dim": 20},
     "wide keys": {"use_decay": False, "use_input_gate": False, "linear_num_query_heads": 2, "linear_num_key_heads": 4},
 }
 

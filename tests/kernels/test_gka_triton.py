@@ -159,6 +159,18 @@ def test_a_step_is_the_reference_and_keeps_every_state(length, way, solver, monk
     assert all(torch.equal(every[:, -1], last) for every, last in zip(found[2], found[1], strict=True))
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float16, 5e-3), (torch.float32, 5e-6)])
+def test_a_token_that_starts_a_sequence_meets_empty_states(dtype, bound):
+    """In one row of two; the other goes on."""
+    segments = Segments(reset=torch.tensor([[True], [False]]))
+    inputs = halved(make_inputs(1, **SMALL | {"batch": 2}, width=20, value_width=20), dtype)
+    with torch.no_grad():
+        outputs, state = call(inputs, GKASolver("cg", 40), segments, "triton")
+        exact, exact_state = call([t.double() for t in inputs], EXACT, segments)
+    assert relative_error(outputs, exact) <= bound
+    assert all(relative_error(a, b) <= 5e-6 for a, b in zip(state, exact_state, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("length", "kind"), [(2, "plain"), (5, "packed+padded"), (8, "packed")])

@@ -20,7 +20,7 @@ BLOCK_AXIS = tl.constexpr(1 if tuple(map(int, triton.__version__.split(".")[:2])
 
 @triton.jit
 def along(blocks):
-    """What the columns of a state have, (blocks, 16), with an axis for its rows."""
+    """What the columns of a state have, (blocks, PIECE), with an axis for its rows."""
     return tl.expand_dims(blocks, 1 - BLOCK_AXIS)
 
 

@@ -262,9 +262,9 @@ def step_kernel(
     waits for the solves. TURNS: `take_turns`.
     """
     TOGETHER: tl.constexpr = PART == 3
-    if TURNS:
-        take_turns(tl.program_id(0), processors, crowd, sleeps)
     program = tl.program_id(0)
+    if TURNS:
+        take_turns(program, processors, crowd, sleeps)
     line, batch, head = long(program), long(program // heads), program % heads
     rows, value_rows = tl.arange(0, BLOCK), tl.arange(0, VALUE_BLOCK)
     columns = columns_of(BLOCK, PIECE)
@@ -610,7 +610,7 @@ def _prepare(
 WARPS = {16: 1, 32: 1, 64: 2, 128: 4}
 # Up to how many heads of all rows several tokens are solved side by side, in a launch of their own.
 SPREAD_PROGRAMS = 64
-# Up to how many heads of all rows of width 64 have twice the warps, and with them room for both states.
+# Up to how many heads of all rows several tokens of width 64 have twice the warps, and with them room for both states.
 EAGER_PROGRAMS = 132
 # From how many heads of all rows on a single token has the value state on its way during the solve, and states are read
 # and written in whole lines of memory, by the wider of both widths: without and with the convolution.
