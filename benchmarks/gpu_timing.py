@@ -43,9 +43,11 @@ def clock_mhz():
     """The multiprocessors' clock right after a measurement: at its power limit a GPU lowers it. None if unknown."""
     if shutil.which("nvidia-smi") is None:
         return None
-    query = ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
-    clocks = subprocess.run(query, capture_output=True, text=True).stdout.split()
-    return int(clocks[torch.cuda.current_device()]) if clocks and all(c.isdigit() for c in clocks) else None
+    # By its name: nvidia-smi counts devices that CUDA_VISIBLE_DEVICES hides.
+    device = f"--id=GPU-{torch.cuda.get_device_properties().uuid}"
+    query = ["nvidia-smi", device, "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
+    clock = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    return int(clock) if clock.isdigit() else None
 
 
 def extra_memory(function):

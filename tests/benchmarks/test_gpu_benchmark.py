@@ -65,13 +65,21 @@ def test_tuning_a_step_tries_its_options_and_leaves_what_is_chosen(monkeypatch, 
 
 
 @pytest.mark.parametrize(
-    ("found", "printed", "clock"), [(None, "", None), ("/x", "1980\n1815\n", 1815), ("/x", "N/A", None)]
+    ("found", "printed", "clock"),
+    [(None, "", None), ("/x", "1815\n", 1815), ("/x", "[N/A]\n", None), ("/x", "No devices were found\n", None)],
 )
 def test_a_clock_is_that_of_the_device_or_unknown(found, printed, clock, monkeypatch):
+    asked = []
+
+    def answered(command, **_):
+        asked.extend(command)
+        return SimpleNamespace(stdout=printed)
+
     monkeypatch.setattr(gpu_timing.shutil, "which", lambda _: found)
-    monkeypatch.setattr(gpu_timing.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=printed))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(gpu_timing.subprocess, "run", answered)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(uuid="12-34"))
     assert gpu_timing.clock_mhz() == clock
+    assert (found is None) != ("--id=GPU-12-34" in asked)
 
 
 def test_a_step_moves_its_states_and_all_that_a_token_brings(monkeypatch, capsys):
