@@ -20,23 +20,27 @@ from .triton_common import (
     opened,
     power_of_two,
     rounded,
-    scaled_rows,
     silu,
     store_rows,
     token_vector,
-    unit_rows,
     with_share,
 )
 
 __all__ = ["few_kernel"]
 
-# So many tokens, with as many right sides each, fill the rows that matrix units take at least.
+# So many tokens; right sides, which are the columns that matrix units take at least; pairs of a token and a key.
 FEW = tl.constexpr(4)
+SIDES = tl.constexpr(8)
 ROOM = tl.constexpr(16)
-# Rows of a state over which warps lie: sums over every such row stay inside a thread.
+# Rows of a state over which warps lie, and columns that a thread has side by side: sums over every such row and over
+# such columns stay inside a thread.
 APART = tl.constexpr(4)
-# The least weight of the state before the tokens: what is divided by it, and squared then, stays finite.
-LEAST_WEIGHT = tl.constexpr(2.0**-50)
+NEAR = tl.constexpr(4)
+
+
+@triton.jit
+def _two(a, b, c, d):
+    return a + c, b + d
 
 
 @triton.jit
@@ -47,6 +51,11 @@ def _three(a, b, c, d, e, f):
 @triton.jit
 def _four(a, b, c, d, e, f, g, h):
     return a + e, b + f, c + g, d + h
+
+
+@triton.jit
+def _sum_and_largest(a, b, c, d):
+    return a + c, tl.maximum(b, d)
 
 
 @triton.jit
@@ -137,13 +146,21 @@ def _joined(state, keep, left, right, states, token, length, stride, offset, mas
 
 @triton.jit
 def _squares(state):
-    """||state||_F^2, summed so that a thread has several short chains of additions."""
-    return tl.sum(tl.sum(tl.reshape(state * state, (state.shape[0] // APART, APART, state.shape[1])), 0))
+    """||state||_F^2 as far as each thread sums it."""
+    squares = tl.reshape(state * state, (state.shape[0] // APART, APART, state.shape[1] // NEAR, NEAR))
+    return tl.sum(tl.sum(squares, 0), 2)
+
+
+@triton.jit
+def _all_four(a, b, c, d):
+    """What four `_squares` are summed to: threads wait for each other once."""
+    a, b, c, d = tl.reduce((a, b, c, d), 1, _four)
+    return tl.reduce((a, b, c, d), 0, _four)
 
 
 @triton.jit
 def _largest(state):
-    """The largest magnitude, found like `_squares`."""
+    """The largest magnitude, found so that a thread has several short chains of comparisons."""
     return tl.max(tl.max(tl.abs(tl.reshape(state, (state.shape[0] // APART, APART, state.shape[1]))), 0))
 
 
@@ -155,73 +172,55 @@ def _operand(state, largest):
 
 
 @triton.jit
-def _solutions(right, there, operand, iterations, ridge, tolerance):
-    """(operand + ridge I)^-1 START right by conjugate gradients, each row for itself; `operand` is symmetric.
+def _columns(pointer, stride, tokens, count, lines, WIDTH: tl.constexpr):
+    """`load_rows`, transposed, in the dtype of the tensor."""
+    mask = (lines < WIDTH)[:, None] & (tokens < count)[None, :]
+    return tl.load(pointer + tokens[None, :] * stride + lines[:, None], mask=mask, other=0.0)
 
-    Directions are rounded once and used rounded everywhere, as in `triton_common.solve`.
+
+@triton.jit
+def _solutions(right, there, operand, into, key, weight, iterations, ridge, tolerance):
+    """(into operand + weight key key^T + ridge I)^-1 START right by conjugate gradients, each column for itself.
+
+    `operand` is symmetric. Inner products of a step are those of the residual and its image alone (Chronopoulos & Gear
+    1989), so that threads wait for each other once. Residuals are rounded once and used rounded everywhere, so that
+    their rounding changes the path and not the goal.
     """
     residual = right * START
     enough = tolerance * START * START
     x = tl.zeros_like(residual)
-    direction = residual.to(tl.float16)
-    rr = there * (START * START)
+    direction, of_direction = x, x
+    inverse, curvature = tl.zeros_like(there), tl.zeros_like(there)
     step = 0
     busy = 1
     while (step < iterations) & (busy > 0):
         # Two steps: fewer looks at whether all are done.
         for further_step in tl.static_range(2):
-            wide = direction.to(tl.float32)
-            image = tl.dot(direction, operand) + ridge[:, None] * wide
+            half = residual.to(tl.float16)
+            wide = half.to(tl.float32)
+            image = tl.dot(operand, half) * into[None, :] + ridge * wide
             # All at once: threads wait for each other once.
-            rr, curvature, along, far = tl.reduce(
-                (residual * residual, wide * image, residual * image, image * image), 1, _four
-            )
+            rr, curved, along = tl.reduce((residual * residual, residual * image, key[:, None] * wide), 0, _three)
+            share = weight * along
+            image += share[None, :] * key[:, None]
+            ratio = rr * inverse
+            curvature = curved + share * along - ratio * ratio * curvature
             further = (rr > enough) & (curvature > 0) & (step + further_step < iterations)
             span = tl.where(further, rr * inverse_of(curvature), 0.0)
-            x += span[:, None] * wide
-            residual -= span[:, None] * image
-            # ||residual||^2 after the step over the one before.
-            ratio = tl.where(further, 1.0 + span * (span * far - 2.0 * along) * inverse_of(rr), 0.0)
-            direction = (residual + tl.maximum(ratio, 0.0)[:, None] * wide).to(tl.float16)
+            inverse = tl.where(further, inverse_of(rr), 0.0)
+            direction = wide + ratio[None, :] * direction
+            of_direction = image + ratio[None, :] * of_direction
+            x += span[None, :] * direction
+            residual -= span[None, :] * of_direction
         busy = tl.max((rr > enough).to(tl.int32), 0)
         step += 2
     return x
 
 
 @triton.jit
-def _part(sides, index, which):
-    """(FEW,) of what the right sides of all tokens have, (FEW, FEW): the side `which`."""
-    return tl.sum(tl.where(index == which, sides, 0.0), 0)
-
-
-@triton.jit
-def _shares(by_first, by_second, by_third, first, second, third):
-    """How much of each right side's solution is in a token's, (FEW, FEW).
-
-    With the keys K that a token has behind the first, their weights C, X = A^-1 K and x = A^-1 q (Woodbury):
-    (A + K C K^T)^-1 q = x - X y ,   (I + C K^T X) y = C K^T x ,   by elimination, whose pivots are at least 1.
-
-    by_first .. by_third: k_1^T .. k_3^T times the solutions of all right sides; first .. third: the weights of k_1 ..
-    k_3 in every token.
-    """
-    index = tl.arange(0, FEW)[:, None]
-    r1, r2, r3 = _part(by_first, index, 0), _part(by_second, index, 0), _part(by_third, index, 0)
-    m11, m12, m13 = _part(by_first, index, 1), _part(by_first, index, 2), _part(by_first, index, 3)
-    m21, m22, m23 = _part(by_second, index, 1), _part(by_second, index, 2), _part(by_second, index, 3)
-    m31, m32, m33 = _part(by_third, index, 1), _part(by_third, index, 2), _part(by_third, index, 3)
-    r1, r2, r3 = first * r1, second * r2, third * r3
-    m11, m12, m13 = 1.0 + first * m11, first * m12, first * m13
-    p1 = 1.0 / m11
-    f = second * m21 * p1
-    m22, m23, r2 = 1.0 + second * m22 - f * m12, second * m23 - f * m13, r2 - f * r1
-    f = third * m31 * p1
-    m32, m33, r3 = third * m32 - f * m12, 1.0 + third * m33 - f * m13, r3 - f * r1
-    p2 = 1.0 / m22
-    f = m32 * p2
-    y3 = (r3 - f * r2) / (m33 - f * m23)
-    y2 = (r2 - m23 * y3) * p2
-    y1 = (r1 - m12 * y2 - m13 * y3) * p1
-    return _pick(index, (1.0, -y1[None, :], -y2[None, :], -y3[None, :]))
+def _at(vector, index: tl.constexpr):
+    """One number of (SIDES,)."""
+    return tl.sum(tl.where(tl.arange(0, SIDES) == index, vector, 0.0), 0)
 
 
 @triton.jit(do_not_specialize=["length", "iterations", "ridge", "tolerance", "scale", "eps"])
@@ -270,11 +269,11 @@ def few_kernel(
 ):
     """At most FEW tokens of one head, with one product of matrices in an iteration for all of them.
 
-    H_t = a_t H_0 + sum_{1 <= j <= t} c_tj k_j k_j^T ,   A_t = a_t H_0 + ridge ||H_t||_F I
+    H_t = a_t H_0 + sum_{1 <= j <= t} c_tj k_j k_j^T ,   A_t = a_t H_0 + c_t1 k_1 k_1^T + ridge ||H_t||_F I
 
-    with H_0 the state after the first token. A_t^-1 (q_t, k_1 .. k_t) are found by conjugate gradients, all tokens side
-    by side; then the keys join them (`_shares`). Solutions stay in float32, since what a new key of a young state takes
-    away is nearly all there is. The value state as it was is read by a product of matrices, too:
+    with H_0 the state after the first token. A_t^-1 (q_t, k_2 .. k_t) are found by conjugate gradients, all tokens side
+    by side; then the keys join them. Solutions stay in float32, since what a new key of a young state takes away is
+    nearly all there is. The value state as it was is read by a product of matrices, too:
 
     y_t = a'_t S r_t + sum_{j <= t} c'_tj (k_j^T r_t) v_j   for what reads, r_t.
 
@@ -283,9 +282,9 @@ def few_kernel(
     program = tl.program_id(0)
     line, batch, head = long(program), long(program // heads), program % heads
     rows, value_rows = tl.arange(0, BLOCK), tl.arange(0, VALUE_BLOCK)
-    token, side = tl.arange(0, FEW), tl.arange(0, ROOM)
-    # Right side `by` of token `of`: its query, or key `by`.
-    of, by = side % FEW, side // FEW
+    token, side, pair = tl.arange(0, FEW), tl.arange(0, SIDES), tl.arange(0, ROOM)
+    # Token `of` and key `by` of a pair.
+    of, by = pair % FEW, pair // FEW
     start = batch * length
     place = start * heads + head
     # From here on pointers are at the first token of the row and head.
@@ -300,6 +299,8 @@ def few_kernel(
     offset = rows[:, None] * WIDTH + rows[None, :]
     mask = (rows < WIDTH)[:, None] & (rows < WIDTH)[None, :]
     gram = tl.load(gram_in + line * WIDTH * WIDTH + offset, mask=mask, other=0.0)
+    # No element of a Gram matrix is larger than the largest of its diagonal.
+    diagonal = tl.load(gram_in + line * WIDTH * WIDTH + rows * (WIDTH + 1), mask=rows < WIDTH, other=0.0)
     if EARLY:
         tl.extra.cuda.gdc_wait()
     n0 = _number(numbers, 0, length, 0, PACKED)
@@ -316,6 +317,12 @@ def few_kernel(
     k1 = token_vector(key, 1, length, key_stride, rows, WIDTH) * gate1
     k2 = token_vector(key, 2, length, key_stride, rows, WIDTH) * gate2
     k3 = token_vector(key, 3, length, key_stride, rows, WIDTH) * gate3
+    # The right sides of all tokens: four queries, none, key 3 of token 3, key 2 of token 2, key 2 of token 3.
+    whose, joins = tl.where(side == 5, 3, side % FEW), tl.where(side == 5, 3, 2)
+    # Loaded ahead of what is stored.
+    asked = _columns(query, query_stride, tl.where(side < FEW, side, length), length, rows, WIDTH)
+    joins = tl.where((side > FEW) & (whose < length), joins, length)
+    joining = _columns(key, key_stride, joins, length, rows, WIDTH)
     DECAYED: tl.constexpr = (DECAYS == 1) | (DECAYS == 2)
     of_gram = key_log_decay + place if DECAYS == 2 else log_decay
     logs = _logs(of_gram, rate, bias, length, heads, MIXER, DECAYED)
@@ -326,52 +333,62 @@ def few_kernel(
     stride = heads * WIDTH * WIDTH
     gram = _joined(gram, entered[0], k0, k0, grams, 0, length, stride, offset, mask, EVERY)
     s0 = _squares(gram)
-    operand, unit = _operand(gram, tl.sqrt(s0))
+    operand, unit = _operand(gram, tl.max(tl.abs(diagonal * entered[0] + k0 * k0), 0))
     gram = _joined(gram, a1, k1, k1, grams, 1, length, stride, offset, mask, EVERY)
     s1 = _squares(gram)
     gram = _joined(gram, c21, k2, k2, grams, 2, length, stride, offset, mask, EVERY)
     s2 = _squares(gram)
     gram = _joined(gram, c32, k3, k3, grams, 3, length, stride, offset, mask, EVERY)
     s3 = _squares(gram)
+    s0, s1, s2, s3 = _all_four(s0, s1, s2, s3)
     # Under way while the solve runs.
     tl.store(gram_out + line * WIDTH * WIDTH + offset, gram, mask=mask)
-    norm = tl.sqrt(_pick(of, (s0, s1, s2, s3)))
-    inverse = tl.where(norm > 0, 1.0 / norm, 0.0)
-    into = tl.maximum(_pick(of, (1.0, a1, a2, a3)) * unit * inverse, LEAST_WEIGHT)
-    right = load_rows(query, query_stride, tl.where(by == 0, of, length), length, rows, WIDTH)
-    joining = tl.where((by > 0) & (by <= of), by, length)
-    right += load_rows(key, key_stride, joining, length, rows, WIDTH) * gates[:, None]
-    right, size, there = unit_rows(right)
-    x = _solutions(right, there, operand, iterations, ridge / into, tolerance)
+    norm = tl.sqrt(_pick(whose, (s0, s1, s2, s3)))
+    of_norm = tl.where(norm > 0, 1.0 / norm, 0.0)
+    into = _pick(whose, (1.0, a1, a2, a3)) * unit * of_norm
+    weight = _pick(whose, (0.0, 1.0, c21, c31)) * of_norm
+    right = asked.to(tl.float32) + joining.to(tl.float32) * tl.where(side == 5, gate3, gate2)[None, :]
+    size = tl.sqrt(tl.sum(right * right, 0))
+    there = tl.where(size > 0, 1.0, 0.0)
+    right = right * tl.where(size > 0, 1.0 / size, 0.0)[None, :]
+    k1 = token_vector(key, 1, length, key_stride, rows, WIDTH) * gate1
+    x = _solutions(right, there, operand, into, k1, weight, iterations, ridge, tolerance)
     value_offset = value_rows[:, None] * WIDTH + rows[None, :]
     value_mask = (value_rows < VALUE_WIDTH)[:, None] & (rows < WIDTH)[None, :]
     state = tl.load(value_key_in + line * VALUE_WIDTH * WIDTH + value_offset, mask=value_mask, other=0.0)
-    x = x * (size * inverse / into * (1.0 / START))[:, None]
+    x = x * (size * of_norm * (1.0 / START))[None, :]
     # Loaded once more: registers are what the solve is short of.
     k1 = token_vector(key, 1, length, key_stride, rows, WIDTH) * gate1
     k2 = token_vector(key, 2, length, key_stride, rows, WIDTH) * gate2
     k3 = token_vector(key, 3, length, key_stride, rows, WIDTH) * gate3
-    by_first, by_second, by_third = tl.reduce((x * k1[None, :], x * k2[None, :], x * k3[None, :]), 1, _three)
-    shares = _shares(
-        tl.reshape(by_first, (FEW, FEW)),
-        tl.reshape(by_second, (FEW, FEW)),
-        tl.reshape(by_third, (FEW, FEW)),
-        _pick(token, (0.0, 1.0, c21, c31)),
-        _pick(token, (0.0, 0.0, 1.0, c32)),
-        _pick(token, (0.0, 0.0, 0.0, 1.0)),
-    )
-    x = tl.sum(tl.reshape(x, (FEW, FEW, BLOCK)) * shares[:, :, None], 0)
+    # With the keys K behind the second, their weights C, X = A^-1 K and x = A^-1 q (Woodbury):
+    # (A + K C K^T)^-1 q = x - X y ,   (I + C K^T X) y = C K^T x ,   by elimination, whose pivots are at least 1.
+    by_second, by_third = tl.reduce((x * k2[:, None], x * k3[:, None]), 0, _two)
+    of_third_token = _at(by_second, 2) / (1.0 + _at(by_second, 6))
+    pivot = 1.0 / (1.0 + c32 * _at(by_second, 7))
+    beside, known = c32 * _at(by_second, 5), c32 * _at(by_second, 3)
+    factor = _at(by_third, 7) * pivot
+    newest = (_at(by_third, 3) - factor * known) / (1.0 + _at(by_third, 5) - factor * beside)
+    of_last_token = (known - beside * newest) * pivot
+    shares = tl.where(side == 6, -of_third_token, tl.where(side == 7, -of_last_token, tl.where(side < FEW, 1.0, 0.0)))
+    of_newest = tl.sum(tl.where(side == 5, x, 0.0), 1)
+    x = tl.sum(tl.reshape(x * shares[None, :], (BLOCK, SIDES // FEW, FEW)), 1)
+    x = tl.trans(x - tl.where(token == 3, newest, 0.0)[None, :] * of_newest[:, None])
     if MIXED:
         queries = load_rows(query, query_stride, token, length, rows, WIDTH)
         x = with_share(x, queries, solution_mix + place + token * heads, token < length, MIXER)
     # What reads FEW times: for each key that may have been written.
     x = tl.reshape(tl.broadcast_to(x[None, :, :], (FEW, FEW, BLOCK)), (ROOM, BLOCK))
-    score = tl.sum(x * load_rows(key, key_stride, by, length, rows, WIDTH), 1) * gates
-    reading, reading_unit = scaled_rows(x, tl.float16)
-    logs = _logs(log_decay, rate, bias, length, heads, MIXER, DECAYS > 0)
-    entered, of_first, of_second, c32 = _decays(logs, number, PACKED)
-    a1, a2, a3 = of_first
-    c21, c31 = of_second
+    keys = load_rows(key, key_stride, by, length, rows, WIDTH)
+    score, largest = tl.reduce((x * keys, tl.abs(x)), 1, _sum_and_largest)
+    reading_unit, of_unit = power_of_two(largest)
+    reading = (x * of_unit[:, None]).to(tl.float16)
+    if DECAYS > 1:
+        # Those of the value state differ.
+        logs = _logs(log_decay, rate, bias, length, heads, MIXER, True)
+        entered, of_first, of_second, c32 = _decays(logs, number, PACKED)
+        a1, a2, a3 = of_first
+        c21, c31 = of_second
     # What token `of` keeps of token `by`, of itself and of earlier ones.
     within = _pick(
         by,
@@ -382,7 +399,8 @@ def few_kernel(
             _pick(of, (0.0, 0.0, 0.0, 1.0)),
         ),
     )
-    score = score * gates * within
+    # Keys and values are behind the input gate.
+    score = score * (gates * gates * within)
     readable, unit = _operand(state, _largest(state))
     before = tl.where(by == 0, _pick(of, entered) * unit * reading_unit, 0.0)
     values = load_rows(value, value_stride, by, length, value_rows, VALUE_WIDTH)
@@ -397,10 +415,12 @@ def few_kernel(
             y = y * silu(load_rows(opening, heads * VALUE_WIDTH, token, length, value_rows, VALUE_WIDTH))
     store_rows(outputs + place * VALUE_WIDTH, heads * VALUE_WIDTH, token, length, value_rows, y, VALUE_WIDTH)
     k0 = token_vector(key, 0, length, key_stride, rows, WIDTH) * gate0
-    v0 = token_vector(value, 0, length, value_stride, value_rows, VALUE_WIDTH) * gate0
-    v1 = token_vector(value, 1, length, value_stride, value_rows, VALUE_WIDTH) * gate1
-    v2 = token_vector(value, 2, length, value_stride, value_rows, VALUE_WIDTH) * gate2
-    v3 = token_vector(value, 3, length, value_stride, value_rows, VALUE_WIDTH) * gate3
+    # The gates of the values on the keys, of which a thread has fewer elements.
+    k0, k1, k2, k3 = k0 * gate0, k1 * gate1, k2 * gate2, k3 * gate3
+    v0 = token_vector(value, 0, length, value_stride, value_rows, VALUE_WIDTH)
+    v1 = token_vector(value, 1, length, value_stride, value_rows, VALUE_WIDTH)
+    v2 = token_vector(value, 2, length, value_stride, value_rows, VALUE_WIDTH)
+    v3 = token_vector(value, 3, length, value_stride, value_rows, VALUE_WIDTH)
     value_keys += place * VALUE_WIDTH * WIDTH
     stride = heads * VALUE_WIDTH * WIDTH
     if EVERY:
@@ -409,8 +429,8 @@ def few_kernel(
         state = _joined(state, c21, v2, k2, value_keys, 2, length, stride, value_offset, value_mask, EVERY)
         state = _joined(state, c32, v3, k3, value_keys, 3, length, stride, value_offset, value_mask, EVERY)
     else:
-        state = state * entered[3] + (v0 * a3)[:, None] * k0[None, :]
-        state += (v1 * c31)[:, None] * k1[None, :]
-        state += (v2 * c32)[:, None] * k2[None, :]
+        state = state * entered[3] + v0[:, None] * (k0 * a3)[None, :]
+        state += v1[:, None] * (k1 * c31)[None, :]
+        state += v2[:, None] * (k2 * c32)[None, :]
         state += v3[:, None] * k3[None, :]
     tl.store(value_key_out + line * VALUE_WIDTH * WIDTH + value_offset, state, mask=value_mask)
