@@ -98,6 +98,57 @@ def _move_on(past, window, inside, lines, slot, reach, TAPS: tl.constexpr):
 
 
 @triton.jit
+def _prepare_several(
+    raw,
+    past,
+    taps,
+    ready,
+    channels,
+    lines,
+    length,
+    TOKENS: tl.constexpr,
+    TAPS: tl.constexpr,
+    CONV: tl.constexpr,
+    SILU: tl.constexpr,
+    UNIT: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """All tokens of one row and head side by side: every load is on its way at once, norms stay inside warps."""
+    token, inside = tl.arange(0, TOKENS), lines < WIDTH
+    here = (token < length)[:, None] & inside[None, :]
+    if CONV:
+        x = tl.zeros([TOKENS, lines.shape[0]], tl.float32)
+        # From the oldest tap on; what lies before the first token is the past.
+        for tap in tl.static_range(TAPS):
+            source = token - (TAPS - 1) + tap
+            new, old = here & (source >= 0)[:, None], here & (source < 0)[:, None]
+            fresh = tl.load(raw + source[:, None] * channels + lines[None, :], mask=new, other=0.0)
+            held = tl.load(past + lines[None, :] * (TAPS - 1) + source[:, None] + (TAPS - 1), mask=old, other=0.0)
+            weight = tl.load(taps + lines * TAPS + tap, mask=inside, other=0.0).to(tl.float32)
+            x += (fresh.to(tl.float32) + held.to(tl.float32)) * weight[None, :]
+    else:
+        x = tl.load(raw + token[:, None] * channels + lines[None, :], mask=here, other=0.0).to(tl.float32)
+    x = rounded(x, raw)
+    if SILU:
+        x = rounded(silu(x), raw)
+    if UNIT:
+        x = x / (tl.sqrt(tl.sum(x * x, 1)) + 1e-6)[:, None]
+    tl.store(ready + token[:, None] * channels + lines[None, :], x.to(ready.dtype.element_ty), mask=here)
+    if CONV:
+        # The context after them is what the last one saw, one place on.
+        after = ()
+        for slot in tl.static_range(TAPS - 1):
+            source = length - (TAPS - 1) + slot
+            new, old = lines < tl.where(source >= 0, WIDTH, 0), lines < tl.where(source < 0, WIDTH, 0)
+            fresh = tl.load(raw + source * channels + lines, mask=new, other=0.0)
+            held = tl.load(past + lines * (TAPS - 1) + source + (TAPS - 1), mask=old, other=0.0)
+            after = after + (tl.where(source >= 0, fresh, held),)
+        tl.debug_barrier()
+        for slot in tl.static_range(TAPS - 1):
+            tl.store(past + lines * (TAPS - 1) + slot, after[slot], mask=inside)
+
+
+@triton.jit
 def _written(
     tokens,
     token,
@@ -451,7 +502,7 @@ def prepare_kernel(
     key_heads,
     value_heads,
     PADDED: tl.constexpr,
-    SEVERAL: tl.constexpr,
+    TOKENS: tl.constexpr,
     TAPS: tl.constexpr,
     SLOTS: tl.constexpr,
     KEY_SILU: tl.constexpr,
@@ -466,7 +517,7 @@ def prepare_kernel(
     """Convolution, SiLU and unit norm of the queries, keys or values of one head; convolution contexts in place.
 
     One program does `share` rows. EARLY: as in `step_kernel`, and the next may start once this one need not wait any
-    more. SEVERAL: more than one token. PADDED: a single token.
+    more. TOKENS: 1, or a power of two that holds all of several. PADDED: a single token.
     """
     if EARLY:
         tl.extra.cuda.gdc_wait()
@@ -486,7 +537,7 @@ def prepare_kernel(
             query_heads,
             length,
             PADDED,
-            SEVERAL,
+            TOKENS,
             TAPS,
             SLOTS,
             True,
@@ -509,7 +560,7 @@ def prepare_kernel(
             key_heads,
             length,
             PADDED,
-            SEVERAL,
+            TOKENS,
             TAPS,
             SLOTS,
             True,
@@ -532,7 +583,7 @@ def prepare_kernel(
             value_heads,
             length,
             PADDED,
-            SEVERAL,
+            TOKENS,
             TAPS,
             SLOTS,
             VALUE_CONV,
@@ -556,7 +607,7 @@ def _prepare(
     heads,
     length,
     PADDED: tl.constexpr,
-    SEVERAL: tl.constexpr,
+    TOKENS: tl.constexpr,
     TAPS: tl.constexpr,
     SLOTS: tl.constexpr,
     CONV: tl.constexpr,
@@ -572,35 +623,28 @@ def _prepare(
     raw += long(first) * length * channels + head * WIDTH
     ready += long(first) * length * channels + head * WIDTH
     past += (long(first) * channels + head * WIDTH) * (TAPS - 1)
-    if CONV:
-        weights = _weights(taps + head * WIDTH * TAPS, inside, lines, slot, TAPS)
-        # Taps and tokens in one tile: what the last token sees, one place on, is the context after it.
-        window = tl.zeros([BLOCK, SLOTS], tl.float32)
+    taps += head * WIDTH * TAPS
+    if CONV and TOKENS == 1:
+        weights = _weights(taps, inside, lines, slot, TAPS)
     for row in range(first, last):
-        for token in range(0, length if SEVERAL else 1):
+        if TOKENS > 1:
+            _prepare_several(raw, past, taps, ready, channels, lines, length, TOKENS, TAPS, CONV, SILU, UNIT, WIDTH)
+        else:
             if CONV:
-                if SEVERAL:
-                    source = token - (TAPS - 1) + slot
-                    there = inside[:, None] & (slot < TAPS)[None, :]
-                    before, here = there & (source < 0)[None, :], there & (source >= 0)[None, :]
-                    held = lines[:, None] * (TAPS - 1) + slot[None, :]
-                    window = tl.load(past + held + token, mask=before, other=0.0).to(tl.float32)
-                    sources = raw + source[None, :] * channels + lines[:, None]
-                    window += tl.load(sources, mask=here, other=0.0).to(tl.float32)
-                else:
-                    window = _window(raw, past, inside, lines, slot, TAPS)
+                # Taps and what a token sees in one tile: that, one place on, is the context after it.
+                window = _window(raw, past, inside, lines, slot, TAPS)
                 x = tl.sum(window * weights, 1)
             else:
-                x = tl.load(raw + token * channels + lines, mask=inside, other=0.0).to(tl.float32)
+                x = tl.load(raw + lines, mask=inside, other=0.0).to(tl.float32)
             x = _finished(x, raw, SILU, UNIT)
-            tl.store(ready + token * channels + lines, x.to(ready.dtype.element_ty), mask=inside)
-        if CONV:
-            reach = TAPS
-            if PADDED:
-                # A token that is padding does not move the window: as if there were none.
-                reach = tl.where(tl.load(valid + row) != 0, TAPS, 0)
-            tl.debug_barrier()
-            _move_on(past, window, inside, lines, slot, reach, TAPS)
+            tl.store(ready + lines, x.to(ready.dtype.element_ty), mask=inside)
+            if CONV:
+                reach = TAPS
+                if PADDED:
+                    # A token that is padding does not move the window: as if there were none.
+                    reach = tl.where(tl.load(valid + row) != 0, TAPS, 0)
+                tl.debug_barrier()
+                _move_on(past, window, inside, lines, slot, reach, TAPS)
         raw += length * channels
         ready += length * channels
         past += channels * (TAPS - 1)
@@ -722,7 +766,7 @@ def gka_triton_mixer_step(inputs: MixerInputs, solver: GKASolver, options: Mixer
             key_heads,
             value_heads,
             PADDED=inputs.valid is not None,
-            SEVERAL=length > 1,
+            TOKENS=1 if length == 1 else max(4, triton.next_power_of_2(length)),
             SLOTS=triton.next_power_of_2(taps),
             WIDTH=width,
             VALUE_WIDTH=value_width,
