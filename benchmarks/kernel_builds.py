@@ -5,7 +5,7 @@
 Adds to `results/kernel_builds.json` for the installed Triton and each compute capability how many kernels were built
 and which of them takes most shared memory. Fails where a kernel does not compile, and in the end where one takes more
 shared memory than a program may have there. `--brief` builds every kernel, and few of them for more than one width and
-dtype. Without TRITON_INTERPRET=1.
+dtype; these rows are kept apart. Without TRITON_INTERPRET=1.
 """
 
 import argparse
@@ -197,7 +197,8 @@ def main():
     options = parser.parse_args()
     # Tensors of the CPU count as the device's.
     dispatch.INTERPRETED = True
-    result = continued("kernel_builds", {}, options.output) or {"builds": {}}
+    result = continued("kernel_builds", {}, options.output)
+    rows = result.setdefault("brief" if options.brief else "builds", {})
     result["environment"] = environment()
     too_large = []
     for capability in options.capabilities:
@@ -208,7 +209,7 @@ def main():
         row = {"builds": len(kernels), "most_shared_bytes": largest["shared"], "by": largest["kernel"]}
         row |= {"too_large": over, "kernels": sorted({kernel["kernel"] for kernel in kernels})}
         row["commit"] = result["environment"]["commit"]
-        result["builds"][f"Triton {triton.__version__}, compute capability {capability}"] = row
+        rows[f"Triton {triton.__version__}, compute capability {capability}"] = row
         print(triton.__version__, capability, row["builds"], largest, over, flush=True)
         write("kernel_builds", result, options.output)
     if too_large:
