@@ -25,6 +25,7 @@ from .triton_common import (
     token_vector,
     with_share,
 )
+from .triton_states import two_sums
 
 __all__ = ["few_kernel"]
 
@@ -36,11 +37,6 @@ ROOM = tl.constexpr(16)
 # such columns stay inside a thread.
 APART = tl.constexpr(4)
 NEAR = tl.constexpr(4)
-
-
-@triton.jit
-def _two(a, b, c, d):
-    return a + c, b + d
 
 
 @triton.jit
@@ -363,7 +359,7 @@ def few_kernel(
     k3 = token_vector(key, 3, length, key_stride, rows, WIDTH) * gate3
     # With the keys K behind the second, their weights C, X = A^-1 K and x = A^-1 q (Woodbury):
     # (A + K C K^T)^-1 q = x - X y ,   (I + C K^T X) y = C K^T x ,   by elimination, whose pivots are at least 1.
-    by_second, by_third = tl.reduce((x * k2[:, None], x * k3[:, None]), 0, _two)
+    by_second, by_third = tl.reduce((x * k2[:, None], x * k3[:, None]), 0, two_sums)
     of_third_token = _at(by_second, 2) / (1.0 + _at(by_second, 6))
     pivot = 1.0 / (1.0 + c32 * _at(by_second, 7))
     beside, known = c32 * _at(by_second, 5), c32 * _at(by_second, 3)

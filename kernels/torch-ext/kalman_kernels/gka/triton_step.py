@@ -128,9 +128,7 @@ def _prepare_several(
             x += (fresh.to(tl.float32) + held.to(tl.float32)) * weight[None, :]
     else:
         x = tl.load(raw + token[:, None] * channels + lines[None, :], mask=here, other=0.0).to(tl.float32)
-    x = rounded(x, raw)
-    if SILU:
-        x = rounded(silu(x), raw)
+    x = _finished(x, raw, SILU, False)
     if UNIT:
         x = x / (tl.sqrt(tl.sum(x * x, 1)) + 1e-6)[:, None]
     tl.store(ready + token[:, None] * channels + lines[None, :], x.to(ready.dtype.element_ty), mask=here)
@@ -766,6 +764,7 @@ def gka_triton_mixer_step(inputs: MixerInputs, solver: GKASolver, options: Mixer
             key_heads,
             value_heads,
             PADDED=inputs.valid is not None,
+            # From two to four tokens one build serves all.
             TOKENS=1 if length == 1 else max(4, triton.next_power_of_2(length)),
             SLOTS=triton.next_power_of_2(taps),
             WIDTH=width,
