@@ -174,18 +174,18 @@ def settled(batch, heads, width):
 CLOSED, CLOSED_GATE = -30.0, 1e-6
 
 
-def mixer_inputs(batch, heads, width, dtype=torch.bfloat16, taps=4):
+def mixer_inputs(batch, heads, width, tokens=1, dtype=torch.bfloat16, taps=4):
     def normal(*shape):
         return torch.randn(*shape, device="cuda", dtype=dtype)
 
     channels, state = heads * width, settled(batch, heads, width)
-    closed = torch.full((batch, 1, heads), CLOSED, device="cuda", dtype=dtype)
+    closed = torch.full((batch, tokens, heads), CLOSED, device="cuda", dtype=dtype)
     return MixerInputs(
-        *(normal(batch, 1, heads, width) for _ in range(3)),
+        *(normal(batch, tokens, heads, width) for _ in range(3)),
         closed,
-        normal(batch, 1, heads),
+        normal(batch, tokens, heads),
         closed,
-        normal(batch, 1, heads, width),
+        normal(batch, tokens, heads, width),
         *(normal(batch, channels, taps - 1) for _ in range(3)),
         *(normal(channels, taps) for _ in range(3)),
         torch.zeros(heads, device="cuda"),
@@ -212,6 +212,7 @@ def decode(rows, save, copy_tb_per_s=None):
     for batch, heads, width in DECODE:
         inputs = mixer_inputs(batch, heads, width)
         state = GKAState(inputs.key_gram, inputs.value_key)
+        four = mixer_inputs(batch, heads, width, 4)._replace(key_gram=state.key_gram, value_key=state.value_key)
         moved, output = 2 * size(*state), size(inputs.query)
         row = {"batch": batch, "heads": heads, "width": width, "state_bytes_moved": moved}
 
@@ -221,12 +222,18 @@ def decode(rows, save, copy_tb_per_s=None):
             return partial(gated_kalmanet_step, *tensors, **options), around + size(*tensors, gate) + count * output
 
         options = MixerOptions(True, True, True, width**-0.5, 1e-6)
-        replaced = (getattr(inputs, name) for name in REPLACED)
+
+        def mixer_step(inputs, options=options):
+            replaced = (getattr(inputs, name) for name in REPLACED)
+            needed = size(*inputs, *replaced) + size(inputs.query)
+            return partial(gka_mixer_step, inputs, solver, options), needed
+
         # Calls and the bytes that they cannot avoid: all that is read and all that is written, what is replaced twice.
         cases = {
             "step": step(1),
-            "mixer_step": (partial(gka_mixer_step, inputs, solver, options), size(*inputs, *replaced) + output),
+            "mixer_step": mixer_step(inputs),
             "step_4_tokens": step(4),
+            "mixer_step_4_tokens": mixer_step(four),
         }
         for name, (call, needed) in cases.items():
             eager = milliseconds(call)

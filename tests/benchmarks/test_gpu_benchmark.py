@@ -45,7 +45,7 @@ def test_tuning_a_step_tries_its_options_and_leaves_what_is_chosen(monkeypatch, 
     chosen, seen = (step.way, step.turns, step.token_layout), []
 
     def replayed(call):
-        way = step.way(4, 4096, 128, torch.float16, GKASolver("cg", 20))
+        way = step.way(4, 4096, 128, torch.float16, GKASolver("cg", 20), True)
         layout = step.token_layout(4096, 128, False, 90)
         seen.append((way, step.turns("each", 4096, 128, 132), (layout["STAGES"], layout["PIECE"])))
         return {"median_ms": 1e-3 * len(seen)}
@@ -90,14 +90,17 @@ def test_a_step_moves_its_states_and_all_that_a_token_brings(monkeypatch, capsys
     def half(*shape):
         return torch.zeros(*shape, dtype=torch.bfloat16)
 
-    vector, number = half(batch, 1, heads, width), half(batch, 1, heads)
     contexts, taps = [half(batch, width, 3) for _ in range(3)], [half(width, 4) for _ in range(3)]
     floats = [torch.zeros(heads) for _ in range(2)]
-    inputs = gka_gpu.MixerInputs(
-        *[vector] * 3, *[number] * 3, vector, *contexts, *taps, *floats, half(width), *states, None
-    )
+
+    def mixer_inputs(batch, heads, width, tokens=1):
+        vector, number = half(batch, tokens, heads, width), half(batch, tokens, heads)
+        around = (*contexts, *taps, *floats, half(width), *states, None)
+        return gka_gpu.MixerInputs(*[vector] * 3, *[number] * 3, vector, *around)
+
     monkeypatch.setattr(gka_gpu, "DECODE", [(batch, heads, width)])
-    monkeypatch.setattr(gka_gpu, "mixer_inputs", lambda *_: inputs)
+    monkeypatch.setattr(gka_gpu, "mixer_inputs", mixer_inputs)
+    number = half(batch, 1, heads)
     monkeypatch.setattr(gka_gpu, "step_inputs", lambda b, n, h, w: ([half(b, n, h, w)] * 3 + [number] * 2, number))
     for name in ("milliseconds", "replayed"):
         monkeypatch.setattr(gka_gpu, name, lambda _: {"median_ms": 1e-9})
@@ -114,5 +117,6 @@ def test_a_step_moves_its_states_and_all_that_a_token_brings(monkeypatch, capsys
     # The output gate, too, contexts read and written, taps and the parameters of decay and norm.
     around = 2 * 3 * 3 * vectors + 3 * 4 * 2 * width + 2 * 4 + 2 * width
     assert row["mixer_step"]["bytes_moved"] == moved + 5 * vectors + numbers + around
+    assert row["mixer_step_4_tokens"]["bytes_moved"] == moved + 4 * (5 * vectors + numbers) + around
     assert row["step"]["tb_per_s"] == row["step"]["bytes_moved"]
     assert row["step"]["share_of_copy"] == row["step"]["bytes_moved"] / 1000

@@ -44,23 +44,45 @@ def continued(model, implementation, ids, mask):
     return torch.cat(logits).double()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+# For tokens side by side: every gate there is and none, as many keys as queries and fewer, values wider than keys.
+SIDE_BY_SIDE = ("published", "bare", "own heads, wide values", "wide keys")
+# Two kernels for a few tokens: one of them for states as wide as high, on a GPU.
+SQUARE = {
+    width: {"linear_key_head_dim": width, "linear_value_head_dim": width, **SHAPES["own heads"]} for width in (64, 128)
+}
+INTERPRETED = (
+    *((SHAPES[shape], shape, torch.float32, 2e-5, None) for shape in SHAPES),
+    *((SHAPES[shape], shape, torch.float16, 1e-2, None) for shape in ("published", "own heads")),
+    *((SHAPES[shape], shape, torch.float16, 1e-2, "few") for shape in SIDE_BY_SIDE),
+    *((SHAPES[shape], shape, torch.float16, 1e-2, "chunk") for shape in SIDE_BY_SIDE[:2]),
+)
+COMPILED = (
+    *((SHAPES[shape], shape, torch.float32, 2e-5, None) for shape in SHAPES),
+    *((SHAPES[shape], shape, torch.float16, 1e-2, way) for way in (None, "few", "chunk") for shape in SHAPES),
+    *(
+        (options | SQUARE[width], f"own heads, {width} wide", torch.float16, 1e-2, "few")
+        for width in SQUARE
+        for options in SHAPES.values()
+        if "linear_num_query_heads" not in options
+    ),
+)
+
+
 @pytest.mark.parametrize(
-    ("dtype", "bound", "crowded"),
+    ("options", "shape", "dtype", "bound", "crowded", "gpu"),
     [
-        (torch.float32, 2e-5, None),
-        *((torch.float16, 1e-2, way) for way in (None, "few", "chunk")),
+        *(pytest.param(*case, False, id="-".join(map(str, case[1:]))) for case in INTERPRETED),
+        *(pytest.param(*case, True, marks=pytest.mark.gpu) for case in COMPILED),
     ],
 )
-@pytest.mark.parametrize("gpu", [pytest.param(True, marks=pytest.mark.gpu), False])
-def test_fused_step_is_the_layer(shape, dtype, bound, crowded, gpu, monkeypatch):
+def test_fused_step_is_the_layer(options, shape, dtype, bound, crowded, gpu, monkeypatch):
     if gpu != torch.cuda.is_available():
         pytest.skip("runs compiled on a GPU, interpreted elsewhere")
     if crowded:
         # As with many rows: several tokens at once, and programs that prepare several rows.
         monkeypatch.setattr(triton_step, "way", lambda length, *_: crowded if length > 1 else "each")
         monkeypatch.setattr(triton_step, "PREPARE_PROGRAMS", 1)
-    model = tiny_model(["linear_attention"], **SHAPES[shape])
+    model = tiny_model(["linear_attention"], **options)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:

@@ -276,8 +276,8 @@ def test_tokens_side_by_side_without_gates(absent, monkeypatch):
 
 
 def test_how_tokens_are_taken():
-    def ways(lengths, programs, dtype=torch.bfloat16, solver=CG, width=128):
-        return [triton_step.way(n, programs, width, dtype, solver) for n in lengths]
+    def ways(lengths, programs, dtype=torch.bfloat16, solver=CG, width=128, square=False):
+        return [triton_step.way(n, programs, width, dtype, solver, square) for n in lengths]
 
     assert ways([1], 4096) == ["each"]
     assert ways([2, 4, 8], 64) == ["spread"] * 3
@@ -289,6 +289,23 @@ def test_how_tokens_are_taken():
     assert ways([3, 8], 4096, torch.float32) == ["each", "each"]
     # A polynomial is no exact solve: a key cannot join it afterwards.
     assert ways([3, 4, 8], 4096, solver=GKASolver("chebyshev", 30)) == ["each", "chunk", "chunk"]
+    # By a kernel of their own.
+    for width in (64, 128):
+        assert ways([1, 2, 3, 4, 5, 8], 512, width=width, square=True) == ["each", *["few"] * 3, "chunk", "chunk"]
+        assert ways([2, 4], 64, width=width, square=True) == ["spread"] * 2
+        assert ways([2, 4], 512, torch.float32, width=width, square=True) == ["each"] * 2
+    assert ways([2, 4], 512, solver=GKASolver("chebyshev", 30), square=True) == ["each", "chunk"]
+
+
+def test_which_states_have_a_kernel_of_their_own():
+    assert triton_step.has_square(128, 128, 90, False) and triton_step.has_square(64, 64, 80, False)
+    # No room for the states of several programs; not NVIDIA's; other widths; every state.
+    assert not triton_step.has_square(128, 128, 89, False) and not triton_step.has_square(128, 128, 0, False)
+    assert not triton_step.has_square(128, 64, 90, False) and not triton_step.has_square(32, 32, 90, False)
+    assert not triton_step.has_square(128, 128, 90, True)
+    assert triton_step.square_layout(4096, 128) == {"WARPS": 4, "num_warps": 4, "maxnreg": 168}
+    assert triton_step.square_layout(133, 64) == {"WARPS": 2, "num_warps": 2, "maxnreg": 144}
+    assert triton_step.square_layout(132, 64) == {"WARPS": 4, "num_warps": 4, "maxnreg": 128}
 
 
 def test_programs_take_turns_where_some_wait_for_others_to_end():

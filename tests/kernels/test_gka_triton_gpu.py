@@ -11,7 +11,18 @@ triton_step = pytest.importorskip("kalman_kernels.gka.triton_step")
 pytestmark = pytest.mark.gpu
 
 CG = GKASolver("cg", 24)
-WAYS = ("each", "spread", "few", "chunk")
+# "few, portable": by the kernel that other devices and widths than 64 and 128 get; "few, crowded": as with many heads.
+FEW = ("few", "few, crowded", "few, portable")
+WAYS = ("each", "spread", *FEW, "chunk")
+
+
+def take(way, monkeypatch):
+    """Several tokens are taken this way, single ones as always."""
+    if way == "few, portable":
+        monkeypatch.setattr(triton_step, "has_square", lambda *_: False)
+    if way == "few, crowded":
+        monkeypatch.setattr(triton_step, "EAGER_PROGRAMS", 0)
+    monkeypatch.setattr(triton_step, "way", lambda length, *_: way.split(",")[0] if length > 1 else "each")
 
 
 def case(length, kind, dtype, **shape):
@@ -129,9 +140,9 @@ def test_one_token_at_a_time_is_the_whole():
 )
 def test_a_few_tokens_after_a_prefix(length, kind, way, width, dtype, monkeypatch):
     """From a state that 200 tokens left, under slow decay."""
-    if length > 4 and way == "few":
+    if length > 4 and way in FEW:
         pytest.skip("up to four tokens")
-    monkeypatch.setattr(triton_step, "way", lambda length, *_: way if length > 1 else "each")
+    take(way, monkeypatch)
     prefix, _ = case(200, "plain", torch.float32, width=width, value_width=width)
     _, state = call([t.double() for t in prefix], EXACT, None)
     inputs, segments = case(length, kind, dtype, width=width, value_width=width)
@@ -145,6 +156,102 @@ def test_a_few_tokens_after_a_prefix(length, kind, way, width, dtype, monkeypatc
         bound = 1e-2
     assert relative_error(outputs, exact) <= bound
     assert all(relative_error(a, b) <= 1e-6 for a, b in zip(after, exact_after, strict=True))
+
+
+def few(inputs, segments=None, every=False, solver=CG, absent=()):
+    """Outputs and states of a few tokens, and the float64 solve of the same."""
+    results = []
+    for these, chosen, implementation in (
+        (inputs, solver, "triton"),
+        ([t.double() for t in inputs], EXACT._replace(ridge_ratio=solver.ridge_ratio), "reference"),
+    ):
+        tokens = [None if i in absent else t for i, t in enumerate(these[:7])]
+        gates = {"key_log_decay": tokens[5], "input_gate": tokens[6], "solver": chosen}
+        gates["implementation"] = implementation
+        state = GKAState(*these[7:])
+        with torch.no_grad():
+            if every:
+                results.append(gated_kalmanet_step(*tokens[:5], state=state, every_state=True, **gates))
+            else:
+                results.append(gated_kalmanet(*tokens[:5], initial_state=state, segments=segments, **gates))
+    return results
+
+
+def check_few(found, expected, bound=5e-3):
+    assert relative_error(found[0], expected[0]) <= bound
+    assert all(relative_error(a, b) <= 1e-6 for a, b in zip(found[1], expected[1], strict=True))
+
+
+@pytest.mark.parametrize("way", FEW)
+@pytest.mark.parametrize("width", [64, 128])
+class TestTokensSideBySide:
+    """What tests/kernels/test_gka_triton.py has of the interpreted kernel."""
+
+    @pytest.mark.parametrize("batch", [1, 100])
+    @pytest.mark.parametrize("length", [2, 3, 4])
+    def test_empty_states(self, length, batch, width, way, monkeypatch):
+        take(way, monkeypatch)
+        inputs, _ = case(length, "plain", torch.float16, batch=batch, width=width, value_width=width)
+        inputs[7:] = [torch.zeros_like(t) for t in inputs[7:]]
+        check_few(*few(inputs))
+        found, expected = few(inputs, every=True)
+        check_few(found, expected)
+        assert all(relative_error(a, b) <= 1e-6 for a, b in zip(found[2], expected[2], strict=True))
+        assert all(torch.equal(every[:, -1], last) for every, last in zip(found[2], found[1], strict=True))
+
+    @pytest.mark.parametrize(
+        ("length", "starts"), [(4, [0]), (4, [1]), (4, [0, 2, 3]), (4, [3]), (3, [1]), (3, [0, 2]), (2, [0])]
+    )
+    def test_young_states(self, length, starts, width, way, monkeypatch):
+        take(way, monkeypatch)
+        inputs, _ = case(length, "plain", torch.float16, width=width, value_width=width)
+        reset = torch.tensor([[n in starts for n in range(length)]] * len(inputs[0]), device="cuda")
+        check_few(*few(inputs, Segments(reset=reset)))
+
+    @pytest.mark.parametrize("absent", [(), (3,), (5,), (3, 5), (4,), (6,)])
+    def test_without_gates(self, absent, width, way, monkeypatch):
+        take(way, monkeypatch)
+        inputs, _ = case(3, "plain", torch.float16, width=width, value_width=width)
+        check_few(*few(inputs, absent=absent))
+
+    @pytest.mark.parametrize("nothing", [-1e9, -float("inf")])
+    def test_after_one_that_keeps_nothing(self, nothing, width, way, monkeypatch):
+        take(way, monkeypatch)
+        inputs, _ = case(4, "plain", torch.float16, width=width, value_width=width)
+        for log_decay in (inputs[3], inputs[5]):
+            log_decay[:, 1], log_decay[:, 2:] = nothing, -0.7
+        check_few(*few(inputs))
+
+    def test_no_more_iterations_than_allowed(self, width, way, monkeypatch):
+        take(way, monkeypatch)
+        inputs, _ = case(4, "plain", torch.float16, width=width, value_width=width)
+        found = [few(inputs, solver=GKASolver("cg", n, ridge_ratio=1e-3))[0][0] for n in (2, 3, 4)]
+        assert not torch.equal(found[0], found[1]) and not torch.equal(found[1], found[2])
+
+    @pytest.mark.parametrize("size", [2.0**-20, 2.0**20])
+    def test_states_and_keys_far_from_one(self, size, width, way, monkeypatch):
+        take(way, monkeypatch)
+        inputs, _ = case(4, "plain", torch.bfloat16, width=width, value_width=width)
+        inputs[1], inputs[7], inputs[8] = inputs[1] * size, inputs[7] * size * size, inputs[8] * size
+        check_few(*few(inputs), bound=8e-3)
+
+    def test_in_place_and_heads_of_their_own(self, width, way, monkeypatch):
+        """Three heads of one row each: a single row, in place, with an odd number of programs."""
+        take(way, monkeypatch)
+        inputs, _ = case(4, "plain", torch.bfloat16, batch=1, width=width, value_width=width)
+        state = GKAState(*(t.clone() for t in inputs[7:]))
+        rest = {"key_log_decay": inputs[5], "input_gate": inputs[6], "solver": CG, "implementation": "triton"}
+        apart = gated_kalmanet_step(*inputs[:5], state=GKAState(*inputs[7:]), **rest)
+        placed = gated_kalmanet_step(*inputs[:5], state=state, in_place=True, **rest)
+        assert torch.equal(apart[0], placed[0])
+        assert all(torch.equal(a, b) and b is c for a, b, c in zip(apart[1], placed[1], state, strict=True))
+
+    def test_results_are_deterministic(self, width, way, monkeypatch):
+        take(way, monkeypatch)
+        inputs, _ = case(4, "packed", torch.bfloat16, batch=64, width=width, value_width=width)
+        runs = [few(inputs)[0] for _ in range(2)]
+        assert torch.equal(runs[0][0], runs[1][0])
+        assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
 
 
 @pytest.mark.parametrize(("length", "way"), [(1, "each"), (2, "each"), (8, "chunk")])
@@ -166,7 +273,7 @@ def test_programs_that_take_turns_do_the_same(length, way, monkeypatch):
 @pytest.mark.parametrize("width", [64, 128])
 def test_several_tokens_in_every_layout_of_their_states(width, way, layout, monkeypatch):
     monkeypatch.setattr(triton_step, "layout", lambda *_: layout)
-    monkeypatch.setattr(triton_step, "way", lambda *_: way)
+    take(way, monkeypatch)
     check_layout(4, width, width)
 
 

@@ -14,6 +14,7 @@ import re
 import tokenize
 from collections import Counter
 from pathlib import Path
+from textwrap import indent
 from typing import NamedTuple
 
 from transformers import AutoModel, AutoModelForCausalLM
@@ -60,6 +61,7 @@ FILES = {
         "kalman_kernels.gka.triton_backward",
         "kalman_kernels.gka.triton_states",
         "kalman_kernels.gka.triton_few",
+        "kalman_kernels.gka.gluon_few",
         "kalman_kernels.gka.triton_token",
         "kalman_kernels.gka.triton_step",
         "kalman_kernels.kla.triton_forward",
@@ -91,8 +93,7 @@ _ROOTS = {
 }
 # Where a missing Triton is no error: the host checks the imports of every file outside `try`.
 _TRITON = """try:
-    import triton
-    import triton.language as tl
+{imports}
 except ImportError as error:
     raise ImportError("The Triton kernels need `pip install triton`.") from error
 """
@@ -242,11 +243,14 @@ def _assembled(file: str, outside: dict, other: dict, late: dict, bodies: list[s
         outside["transformers"] = outside.get("transformers", set()) | {"AutoModel"}
     modules = outside.pop(None, set())
     future, triton = outside.pop("__future__", None), {name for name in modules if name.startswith("triton")}
+    of_triton = {source for source in outside if source.startswith("triton")}
+    guarded = [f"import {name}\n" for name in sorted(triton)]
+    guarded += [_import_line(source, outside.pop(source)) for source in sorted(of_triton)]
     parts = [_HEADER.format(title=_TITLES[file], version=__version__)]
     parts += ["\nfrom __future__ import annotations\n"] if future else []
     parts += ["\n", *(f"import {name}\n" for name in sorted(modules - triton))]
     parts += [_import_line(source, names) for source, names in sorted(outside.items()) if names]
-    parts += ["\n", _TRITON] if triton else []
+    parts += ["\n", _TRITON.format(imports=indent("".join(guarded), "    ").rstrip())] if guarded else []
     parts += ["\n", *(_import_line(f".{name}", names) for name, names in sorted(other.items()))] if other else []
     parts += [body]
     if late:

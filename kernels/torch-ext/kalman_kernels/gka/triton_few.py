@@ -55,14 +55,14 @@ def _sum_and_largest(a, b, c, d):
 
 
 @triton.jit
-def _pick(index, of_four):
+def pick(index, of_four):
     """What each index says: one of four."""
     a, b, c, d = of_four
     return tl.where(index == 0, a, tl.where(index == 1, b, tl.where(index == 2, c, d)))
 
 
 @triton.jit
-def _gate(input_gate, token, length, heads, MIXER: tl.constexpr, GATED: tl.constexpr):
+def gate_at(input_gate, token, length, heads, MIXER: tl.constexpr, GATED: tl.constexpr):
     gate = 1.0
     if GATED:
         gate = tl.load(input_gate + token * heads, mask=token < length, other=0.0).to(tl.float32)
@@ -81,7 +81,7 @@ def _log(log_decay, rate, bias, token, length, heads, MIXER: tl.constexpr, DECAY
 
 
 @triton.jit
-def _logs(log_decay, rate, bias, length, heads, MIXER: tl.constexpr, DECAYED: tl.constexpr):
+def logs_of(log_decay, rate, bias, length, heads, MIXER: tl.constexpr, DECAYED: tl.constexpr):
     return (
         _log(log_decay, rate, bias, 0, length, heads, MIXER, DECAYED),
         _log(log_decay, rate, bias, 1, length, heads, MIXER, DECAYED),
@@ -91,7 +91,7 @@ def _logs(log_decay, rate, bias, length, heads, MIXER: tl.constexpr, DECAYED: tl
 
 
 @triton.jit
-def _number(numbers, token, length, before, PACKED: tl.constexpr):
+def number_at(numbers, token, length, before, PACKED: tl.constexpr):
     """The number of a token's sequence; from `length` on the one before it."""
     number = before
     if PACKED:
@@ -109,7 +109,7 @@ def _kept(log, number, earlier, PACKED: tl.constexpr):
 
 
 @triton.jit
-def _decays(logs, number, PACKED: tl.constexpr):
+def decays(logs, number, PACKED: tl.constexpr):
     """What is kept from before the first token to each, and of the first, second and third token by those after it.
 
     Every sum of logarithms is summed for itself: small ones after a token that keeps next to nothing are not lost.
@@ -299,16 +299,16 @@ def few_kernel(
     diagonal = tl.load(gram_in + line * WIDTH * WIDTH + rows * (WIDTH + 1), mask=rows < WIDTH, other=0.0)
     if EARLY:
         tl.extra.cuda.gdc_wait()
-    n0 = _number(numbers, 0, length, 0, PACKED)
-    n1 = _number(numbers, 1, length, n0, PACKED)
-    n2 = _number(numbers, 2, length, n1, PACKED)
-    n3 = _number(numbers, 3, length, n2, PACKED)
+    n0 = number_at(numbers, 0, length, 0, PACKED)
+    n1 = number_at(numbers, 1, length, n0, PACKED)
+    n2 = number_at(numbers, 2, length, n1, PACKED)
+    n3 = number_at(numbers, 3, length, n2, PACKED)
     number = n0, n1, n2, n3
-    gate0 = _gate(input_gate, 0, length, heads, MIXER, GATED)
-    gate1 = _gate(input_gate, 1, length, heads, MIXER, GATED)
-    gate2 = _gate(input_gate, 2, length, heads, MIXER, GATED)
-    gate3 = _gate(input_gate, 3, length, heads, MIXER, GATED)
-    gates = _pick(by, (gate0, gate1, gate2, gate3))
+    gate0 = gate_at(input_gate, 0, length, heads, MIXER, GATED)
+    gate1 = gate_at(input_gate, 1, length, heads, MIXER, GATED)
+    gate2 = gate_at(input_gate, 2, length, heads, MIXER, GATED)
+    gate3 = gate_at(input_gate, 3, length, heads, MIXER, GATED)
+    gates = pick(by, (gate0, gate1, gate2, gate3))
     k0 = token_vector(key, 0, length, key_stride, rows, WIDTH) * gate0
     k1 = token_vector(key, 1, length, key_stride, rows, WIDTH) * gate1
     k2 = token_vector(key, 2, length, key_stride, rows, WIDTH) * gate2
@@ -321,8 +321,8 @@ def few_kernel(
     joining = _columns(key, key_stride, joins, length, rows, WIDTH)
     DECAYED: tl.constexpr = (DECAYS == 1) | (DECAYS == 2)
     of_gram = key_log_decay + place if DECAYS == 2 else log_decay
-    logs = _logs(of_gram, rate, bias, length, heads, MIXER, DECAYED)
-    entered, of_first, of_second, c32 = _decays(logs, number, PACKED)
+    logs = logs_of(of_gram, rate, bias, length, heads, MIXER, DECAYED)
+    entered, of_first, of_second, c32 = decays(logs, number, PACKED)
     a1, a2, a3 = of_first
     c21, c31 = of_second
     grams += place * WIDTH * WIDTH
@@ -339,10 +339,10 @@ def few_kernel(
     s0, s1, s2, s3 = _all_four(s0, s1, s2, s3)
     # Under way while the solve runs.
     tl.store(gram_out + line * WIDTH * WIDTH + offset, gram, mask=mask)
-    norm = tl.sqrt(_pick(whose, (s0, s1, s2, s3)))
+    norm = tl.sqrt(pick(whose, (s0, s1, s2, s3)))
     of_norm = tl.where(norm > 0, 1.0 / norm, 0.0)
-    into = _pick(whose, (1.0, a1, a2, a3)) * unit * of_norm
-    weight = _pick(whose, (0.0, 1.0, c21, c31)) * of_norm
+    into = pick(whose, (1.0, a1, a2, a3)) * unit * of_norm
+    weight = pick(whose, (0.0, 1.0, c21, c31)) * of_norm
     right = asked.to(tl.float32) + joining.to(tl.float32) * tl.where(side == 5, gate3, gate2)[None, :]
     size = tl.sqrt(tl.sum(right * right, 0))
     there = tl.where(size > 0, 1.0, 0.0)
@@ -381,24 +381,24 @@ def few_kernel(
     reading = (x * of_unit[:, None]).to(tl.float16)
     if DECAYS > 1:
         # Those of the value state differ.
-        logs = _logs(log_decay, rate, bias, length, heads, MIXER, True)
-        entered, of_first, of_second, c32 = _decays(logs, number, PACKED)
+        logs = logs_of(log_decay, rate, bias, length, heads, MIXER, True)
+        entered, of_first, of_second, c32 = decays(logs, number, PACKED)
         a1, a2, a3 = of_first
         c21, c31 = of_second
     # What token `of` keeps of token `by`, of itself and of earlier ones.
-    within = _pick(
+    within = pick(
         by,
         (
-            _pick(of, (1.0, a1, a2, a3)),
-            _pick(of, (0.0, 1.0, c21, c31)),
-            _pick(of, (0.0, 0.0, 1.0, c32)),
-            _pick(of, (0.0, 0.0, 0.0, 1.0)),
+            pick(of, (1.0, a1, a2, a3)),
+            pick(of, (0.0, 1.0, c21, c31)),
+            pick(of, (0.0, 0.0, 1.0, c32)),
+            pick(of, (0.0, 0.0, 0.0, 1.0)),
         ),
     )
     # Keys and values are behind the input gate.
     score = score * (gates * gates * within)
     readable, unit = _operand(state, _largest(state))
-    before = tl.where(by == 0, _pick(of, entered) * unit * reading_unit, 0.0)
+    before = tl.where(by == 0, pick(of, entered) * unit * reading_unit, 0.0)
     values = load_rows(value, value_stride, by, length, value_rows, VALUE_WIDTH)
     y = tl.dot(reading, tl.trans(readable)) * before[:, None] + values * score[:, None]
     y = tl.sum(tl.reshape(y, (FEW, FEW, VALUE_BLOCK)), 0) * scale

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..jit import compute_capability, long, multiprocessors, on_own_device
+from .gluon_few import gluon_few_kernel
 from .mixer import MixerInputs, MixerOptions
 from .reference import GKASolver
 from .triton_common import (
@@ -652,7 +653,8 @@ def _prepare(
 WARPS = {16: 1, 32: 1, 64: 2, 128: 4}
 # Up to how many heads of all rows several tokens are solved side by side, in a launch of their own.
 SPREAD_PROGRAMS = 64
-# Up to how many heads of all rows several tokens of width 64 have twice the warps, and with them room for both states.
+# Up to how many heads of all rows several tokens of width 64 have twice the warps: one after the other with room for
+# both states, side by side with half the latency.
 EAGER_PROGRAMS = 132
 # From how many heads of all rows on a single token has the value state on its way during the solve, and states are read
 # and written in whole lines of memory, by the wider of both widths: without and with the convolution.
@@ -661,10 +663,14 @@ AHEAD_PROGRAMS = ({128: 512}, {64: 1024, 128: 1})
 TOKEN_REGISTERS = {64: 168}
 # The least ridge for which the residual of pipelined conjugate gradients in float32, a recursion, is the true one.
 PIPELINED_RIDGE = 0.01
+# Warps and registers of a thread for a few tokens of states as wide as high, by their width: with these, a
+# multiprocessor holds three programs of width 128 and seven of width 64.
+SQUARE_LAUNCH = {64: (2, 144), 128: (4, 168)}
 # How many programs prepare tokens; each does as many rows as that takes.
 PREPARE_PROGRAMS = 4096
 PREPARE_WARPS = 4
-# From how many tokens on, to four, they are taken side by side, by the wider of both widths.
+# From how many tokens on, to four, they are taken side by side, by the wider of both widths; from two on where
+# `gluon_few_kernel` takes them.
 FEW_FROM = {64: 4, 128: 3}
 # How many programs a multiprocessor holds at the same time, by the wider of both widths, and by how many sleeps each
 # starts later than the one before it.
@@ -809,11 +815,11 @@ def _overlap(early: bool) -> dict[str, bool]:
     return {"EARLY": early, "launch_pdl": True} if early else {"EARLY": early}
 
 
-def way(length: int, programs: int, widest: int, dtype: torch.dtype, solver: GKASolver) -> str:
+def way(length: int, programs: int, widest: int, dtype: torch.dtype, solver: GKASolver, square: bool) -> str:
     """How the tokens of `programs` heads are taken; `widest`: the wider of both widths.
 
-    "each": one after the other; "spread": each solved by a program of its own; "few": up to four side by side
-    (`few_kernel`); "chunk": up to eight like a chunk of a prompt.
+    "each": one after the other; "spread": each solved by a program of its own; "few": up to four side by side, by
+    `gluon_few_kernel` if `square`, else by `few_kernel`; "chunk": up to eight like a chunk of a prompt.
     """
     if length == 1:
         return "each"
@@ -821,9 +827,25 @@ def way(length: int, programs: int, widest: int, dtype: torch.dtype, solver: GKA
         return "spread"
     if dtype == torch.float32:
         return "each"
-    if FEW_FROM.get(widest, 5) <= length <= 4 and method(solver) == METHODS["cg"]:
+    if (2 if square else FEW_FROM.get(widest, 5)) <= length <= 4 and method(solver) == METHODS["cg"]:
         return "few"
     return "chunk" if length > 3 and length * programs >= TOGETHER_TOKENS else "each"
+
+
+def has_square(width: int, value_width: int, capability: int, every: bool) -> bool:
+    """Whether `gluon_few_kernel` takes what `few_kernel` would: on devices with room for several programs' states.
+
+    Not where every state is stored: that is mostly writing, which `few_kernel` does in whole lines of memory.
+    """
+    return capability in ROOMY and width == value_width and width in SQUARE_LAUNCH and not every
+
+
+def square_layout(programs: int, width: int) -> dict[str, int]:
+    """`gluon_few_kernel`'s WARPS and its launch options for a few tokens of `programs` heads."""
+    warps, registers = SQUARE_LAUNCH[width]
+    if width == 64 and programs <= EAGER_PROGRAMS:
+        warps, registers = 2 * warps, 128
+    return {"WARPS": warps, "num_warps": warps, "maxnreg": registers}
 
 
 def turns(way: str, programs: int, widest: int, processors: int) -> tuple[int, int]:
@@ -874,8 +896,9 @@ def _launch(
     block, value_block = filled(width), filled(value.shape[-1])
     programs, widest = batch * heads, max(block, value_block)
     solves = method(solver) != METHODS["none"]
-    chosen = way(length, programs, widest, query.dtype, solver) if solves else "each"
     processors, capability = multiprocessors(query.device), compute_capability(query.device)
+    square = has_square(width, value.shape[-1], capability, options["EVERY"])
+    chosen = way(length, programs, widest, query.dtype, solver, square) if solves else "each"
     precise = query.dtype == torch.float32
     # What every kernel takes; `solves_one` and `pace` are for all but `few_kernel`.
     inputs = (query, key, value, *(query if t is None else t for t in gates), query if numbers is None else numbers)
@@ -919,18 +942,12 @@ def _launch(
         return
     blocks = {"BLOCK": block, "VALUE_BLOCK": value_block}
     if chosen == "few":
-        few_kernel[(programs,)](
-            *inputs,
-            *parameters,
-            *states,
-            outputs,
-            length,
-            *sizes,
-            *settings,
-            **constants,
-            **blocks,
-            num_warps=WARPS[widest],
-        )
+        arguments = (*inputs, *parameters, *states, outputs, length, *sizes, *settings)
+        if square:
+            del constants["VALUE_WIDTH"], constants["EVERY"]
+            gluon_few_kernel[(programs,)](*arguments, **square_layout(programs, width), **constants)
+        else:
+            few_kernel[(programs,)](*arguments, **constants, **blocks, num_warps=WARPS[widest])
         return
     eager, piece = layout(programs, widest)
     # What reads of every token.
