@@ -308,6 +308,16 @@ def test_which_states_have_a_kernel_of_their_own():
     assert triton_step.square_layout(132, 64) == {"WARPS": 4, "num_warps": 4, "maxnreg": 128}
 
 
+def test_several_tokens_do_not_gather_on_the_first_free_multiprocessors():
+    assert triton_step.starts_early(1, 128, 128, 132)
+    # Two launches of their own, one of them beside the other.
+    assert triton_step.starts_early(4, 64, 128, 132)
+    assert not triton_step.starts_early(4, 65, 128, 132) and not triton_step.starts_early(4, 395, 128, 132)
+    assert triton_step.starts_early(4, 396, 128, 132)
+    assert not triton_step.starts_early(8, 527, 64, 132) and triton_step.starts_early(8, 528, 64, 132)
+    assert triton_step.starts_early(4, 65, 32, 132)
+
+
 def test_programs_take_turns_where_some_wait_for_others_to_end():
     assert triton_step.turns("each", 265, 128, 132) == (264, 10)
     assert triton_step.turns("each", 264, 128, 132) == (0, 0)

@@ -672,6 +672,9 @@ PREPARE_WARPS = 4
 # From how many tokens on, to four, they are taken side by side, by the wider of both widths; from two on where
 # `gluon_few_kernel` takes them.
 FEW_FROM = {64: 4, 128: 3}
+# From how many heads of all rows for each multiprocessor on several tokens start while they are still prepared, by the
+# wider of both widths.
+EARLY_FROM = {64: 4, 128: 3}
 # How many programs a multiprocessor holds at the same time, by the wider of both widths, and by how many sleeps each
 # starts later than the one before it.
 STEP_TURNS = {64: (6, 2), 128: (2, 10)}
@@ -798,7 +801,8 @@ def gka_triton_mixer_step(inputs: MixerInputs, solver: GKASolver, options: Mixer
             "MIXER": True,
             "DECAYS": 0 if inputs.decay_step is None else 1 if options.decay_gram else 3,
             "EVERY": False,
-            "EARLY": early,
+            "EARLY": early
+            and starts_early(length, batch * heads, filled(max(width, value_width)), multiprocessors(none.device)),
         },
         {"CONVOLVES": True, **convolution} if alone else BARE,
     )
@@ -808,6 +812,15 @@ def gka_triton_mixer_step(inputs: MixerInputs, solver: GKASolver, options: Mixer
 def _may_overlap(tensor: Tensor) -> bool:
     """Whether a kernel may start while the one before it ends: the step then loads its state meanwhile."""
     return compute_capability(tensor.device) >= 90
+
+
+def starts_early(length: int, programs: int, widest: int, processors: int) -> bool:
+    """Whether a step may start while `prepare_kernel` ends.
+
+    Several tokens not where their programs would all find room at once: they would gather on the multiprocessors that
+    are free first, and others would stay idle.
+    """
+    return length == 1 or programs <= SPREAD_PROGRAMS or programs >= EARLY_FROM.get(widest, 0) * processors
 
 
 def _overlap(early: bool) -> dict[str, bool]:
