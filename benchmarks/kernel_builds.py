@@ -167,6 +167,7 @@ def build(capability, brief=False):
     # So many heads that their tokens are taken side by side, or as a chunk.
     mixer_step(torch.bfloat16, 128, 4, batch=64)
     mixer_step(torch.float16, 64, 8, batch=64)
+    gka_step(torch.bfloat16, 128, cg, 4, True, batch=64)
     kla(torch.bfloat16)
     around(torch.bfloat16)
     if brief:
@@ -175,7 +176,6 @@ def build(capability, brief=False):
     gka(torch.float32, 64, cg)
     gka(torch.float32, 128, cg)
     gka_step(torch.bfloat16, 128, cg, 4, True)
-    gka_step(torch.bfloat16, 128, cg, 4, True, batch=64)
     gka_step(torch.bfloat16, 128, cg, 8, True, batch=64)
     gka_step(torch.float32, 64, chebyshev, 1, False)
     # So many that memory is what they wait for; so few that both states are loaded at once; a ridge that takes plain
@@ -186,6 +186,9 @@ def build(capability, brief=False):
     mixer_step(torch.float16, 64)
     mixer_step(torch.bfloat16, 64, batch=512)
     mixer_step(torch.float16, 64, 4)
+    # Two and four warps a program.
+    mixer_step(torch.bfloat16, 64, 2, batch=64)
+    mixer_step(torch.bfloat16, 64, 4, batch=128)
     return list(built.values())
 
 

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "kernels" / "torch-ext" / "kalman_kernels"
 def defined():
     """Names of all kernels, `module.function`."""
     names = set()
-    for path in PACKAGE.rglob("triton_*.py"):
+    for path in (*PACKAGE.rglob("triton_*.py"), *PACKAGE.rglob("gluon_*.py")):
         module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
         names |= {f"{module}.{name}" for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE)}
     return names
