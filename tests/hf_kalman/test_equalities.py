@@ -11,17 +11,16 @@ from torch.nn import functional as F
 
 LENGTH = 130
 NAMES = ["gka pure", "gka hybrid", "kla pure", "kla hybrid"]
-IMPLEMENTATIONS = [
-    ("reference", torch.float32),
-    ("torch", torch.float32),
-    ("torch", torch.float64),
-    pytest.param(("triton", torch.float32), marks=pytest.mark.gpu),
-]
-# 4 taps; chunks of the torch path and the kernels have 64 tokens.
+# 4 taps; chunks of the torch path and the kernels have 64 tokens, the reference goes token by token.
 CHUNKS = [1, 2, 3, 4, 5, 63, 64, 65]
+WAYS = [
+    *((("reference", torch.float32), chunk) for chunk in (1, 4, 65)),
+    *((("torch", dtype), chunk) for dtype in (torch.float32, torch.float64) for chunk in CHUNKS),
+    *(pytest.param(("triton", torch.float32), chunk, marks=pytest.mark.gpu) for chunk in CHUNKS),
+]
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
+@pytest.fixture
 def built(request):
     implementation, dtype = request.param
     device = "cuda" if implementation == "triton" else "cpu"
@@ -55,7 +54,7 @@ def assert_close(found, expected):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize(("built", "chunk"), WAYS, indirect=["built"])
 def test_chunks_and_steps_are_one_forward(built, name, chunk):
     model, device = built(name)
     ids = tokens(2, LENGTH).to(device)
@@ -70,7 +69,7 @@ def test_chunks_and_steps_are_one_forward(built, name, chunk):
 
 
 @pytest.mark.parametrize("name", ["gka pure", "gka opening", "kla pure", "kla opening"])
-@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize(("built", "chunk"), WAYS, indirect=["built"])
 def test_padded_rows_in_chunks_are_the_plain_rows(built, name, chunk):
     """Left padding in one row, right padding in the other; without sliding layers, whose cache counts padding."""
     model, device = built(name)
@@ -86,7 +85,7 @@ def test_padded_rows_in_chunks_are_the_plain_rows(built, name, chunk):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize(("built", "chunk"), WAYS, indirect=["built"])
 def test_packed_rows_are_the_rows_alone(built, name, chunk):
     model, device = built(name)
     lengths = [chunk, 5, LENGTH - chunk - 5]
