@@ -186,7 +186,7 @@ def build(capability, brief=False):
     mixer_step(torch.float16, 64)
     mixer_step(torch.bfloat16, 64, batch=512)
     mixer_step(torch.float16, 64, 4)
-    # Two and four warps a program.
+    # Four and two warps a program.
     mixer_step(torch.bfloat16, 64, 2, batch=64)
     mixer_step(torch.bfloat16, 64, 4, batch=128)
     return list(built.values())

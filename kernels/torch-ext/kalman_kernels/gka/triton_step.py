@@ -913,7 +913,7 @@ def _launch(
     square = has_square(width, value.shape[-1], capability, options["EVERY"])
     chosen = way(length, programs, widest, query.dtype, solver, square) if solves else "each"
     precise = query.dtype == torch.float32
-    # What every kernel takes; `solves_one` and `pace` are for all but `few_kernel`.
+    # What every kernel takes; `solves_one` and `pace` are for all but a few tokens side by side.
     inputs = (query, key, value, *(query if t is None else t for t in gates), query if numbers is None else numbers)
     sizes = (heads, query_heads, key.shape[2], value.shape[2])
     tolerance = solver.squared_tolerance(TOLERANCE["float32" if precise else "float16"])
