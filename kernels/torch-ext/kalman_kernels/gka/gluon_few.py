@@ -19,7 +19,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from .triton_common import START, decay_of, inverse_of, power_of_two, rounded, sigmoid, silu
-from .triton_few import FEW, ROOM, SIDES, decays, gate_at, logs_of, number_at, pick
+from .triton_few import FEW, ROOM, SIDES, decays, gates_of, logs_of, numbers_of, pick
 
 __all__ = ["gluon_few_kernel"]
 
@@ -349,16 +349,9 @@ def gluon_few_kernel(
     joining = (eight > FEW) & (gl.where(eight == 5, 3, eight - FEW) < length)
     asked_tile = gl.load(query + (eight * query_stride)[:, None] + channels, mask=asks[:, None], other=0.0)
     asked_tile += gl.load(key + (joins * key_stride)[:, None] + channels, mask=joining[:, None], other=0.0)
-    n0 = number_at(numbers, 0, length, 0, PACKED)
-    n1 = number_at(numbers, 1, length, n0, PACKED)
-    n2 = number_at(numbers, 2, length, n1, PACKED)
-    n3 = number_at(numbers, 3, length, n2, PACKED)
-    number = n0, n1, n2, n3
-    gate0 = gate_at(input_gate, 0, length, heads, MIXER, GATED)
-    gate1 = gate_at(input_gate, 1, length, heads, MIXER, GATED)
-    gate2 = gate_at(input_gate, 2, length, heads, MIXER, GATED)
-    gate3 = gate_at(input_gate, 3, length, heads, MIXER, GATED)
-    gates = gate0, gate1, gate2, gate3
+    number = numbers_of(numbers, length, PACKED)
+    gates = gates_of(input_gate, length, heads, MIXER, GATED)
+    gate0, gate1, gate2, gate3 = gates
     DECAYED: gl.constexpr = (DECAYS == 1) | (DECAYS == 2)
     of_gram = key_log_decay + place if DECAYS == 2 else log_decay
     logs = logs_of(of_gram, rate, bias, length, heads, MIXER, DECAYED)

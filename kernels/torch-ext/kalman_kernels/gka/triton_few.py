@@ -62,12 +62,23 @@ def pick(index, of_four):
 
 
 @triton.jit
-def gate_at(input_gate, token, length, heads, MIXER: tl.constexpr, GATED: tl.constexpr):
+def _gate(input_gate, token, length, heads, MIXER: tl.constexpr, GATED: tl.constexpr):
     gate = 1.0
     if GATED:
         gate = tl.load(input_gate + token * heads, mask=token < length, other=0.0).to(tl.float32)
         gate = opened(gate, input_gate, MIXER)
     return gate
+
+
+@triton.jit
+def gates_of(input_gate, length, heads, MIXER: tl.constexpr, GATED: tl.constexpr):
+    """The input gates of all tokens; 0 from `length` on."""
+    return (
+        _gate(input_gate, 0, length, heads, MIXER, GATED),
+        _gate(input_gate, 1, length, heads, MIXER, GATED),
+        _gate(input_gate, 2, length, heads, MIXER, GATED),
+        _gate(input_gate, 3, length, heads, MIXER, GATED),
+    )
 
 
 @triton.jit
@@ -91,12 +102,21 @@ def logs_of(log_decay, rate, bias, length, heads, MIXER: tl.constexpr, DECAYED: 
 
 
 @triton.jit
-def number_at(numbers, token, length, before, PACKED: tl.constexpr):
+def _number(numbers, token, length, before, PACKED: tl.constexpr):
     """The number of a token's sequence; from `length` on the one before it."""
     number = before
     if PACKED:
         number = tl.where(token < length, tl.load(numbers + token, mask=token < length, other=0), before)
     return number
+
+
+@triton.jit
+def numbers_of(numbers, length, PACKED: tl.constexpr):
+    """The numbers of all tokens' sequences."""
+    n0 = _number(numbers, 0, length, 0, PACKED)
+    n1 = _number(numbers, 1, length, n0, PACKED)
+    n2 = _number(numbers, 2, length, n1, PACKED)
+    return n0, n1, n2, _number(numbers, 3, length, n2, PACKED)
 
 
 @triton.jit
@@ -299,15 +319,8 @@ def few_kernel(
     diagonal = tl.load(gram_in + line * WIDTH * WIDTH + rows * (WIDTH + 1), mask=rows < WIDTH, other=0.0)
     if EARLY:
         tl.extra.cuda.gdc_wait()
-    n0 = number_at(numbers, 0, length, 0, PACKED)
-    n1 = number_at(numbers, 1, length, n0, PACKED)
-    n2 = number_at(numbers, 2, length, n1, PACKED)
-    n3 = number_at(numbers, 3, length, n2, PACKED)
-    number = n0, n1, n2, n3
-    gate0 = gate_at(input_gate, 0, length, heads, MIXER, GATED)
-    gate1 = gate_at(input_gate, 1, length, heads, MIXER, GATED)
-    gate2 = gate_at(input_gate, 2, length, heads, MIXER, GATED)
-    gate3 = gate_at(input_gate, 3, length, heads, MIXER, GATED)
+    number = numbers_of(numbers, length, PACKED)
+    gate0, gate1, gate2, gate3 = gates_of(input_gate, length, heads, MIXER, GATED)
     gates = pick(by, (gate0, gate1, gate2, gate3))
     k0 = token_vector(key, 0, length, key_stride, rows, WIDTH) * gate0
     k1 = token_vector(key, 1, length, key_stride, rows, WIDTH) * gate1
