@@ -93,7 +93,7 @@ def test_a_step_moves_its_states_and_all_that_a_token_brings(monkeypatch, capsys
     contexts, taps = [half(batch, width, 3) for _ in range(3)], [half(width, 4) for _ in range(3)]
     floats = [torch.zeros(heads) for _ in range(2)]
 
-    def mixer_inputs(batch, heads, width, tokens=1):
+    def mixer_inputs(batch, heads, width, tokens=1, _=None):
         vector, number = half(batch, tokens, heads, width), half(batch, tokens, heads)
         around = (*contexts, *taps, *floats, half(width), *states, None)
         return gka_gpu.MixerInputs(*[vector] * 3, *[number] * 3, vector, *around)

@@ -235,8 +235,7 @@ class TestTokensSideBySide:
         inputs[1], inputs[7], inputs[8] = inputs[1] * size, inputs[7] * size * size, inputs[8] * size
         check_few(*few(inputs), bound=8e-3)
 
-    def test_in_place_and_heads_of_their_own(self, width, way, monkeypatch):
-        """Three heads of one row each: a single row, in place, with an odd number of programs."""
+    def test_in_place_is_the_same(self, width, way, monkeypatch):
         take(way, monkeypatch)
         inputs, _ = case(4, "plain", torch.bfloat16, batch=1, width=width, value_width=width)
         state = GKAState(*(t.clone() for t in inputs[7:]))

@@ -28,8 +28,14 @@ def compare(inputs, device, dtype=torch.float32, segments=None, **options):
     return {n: relative_error(a.cpu(), b) for n, a, b in zip(RESULTS, fast, exact, strict=True) if b.norm() > 0}
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("kind", "prior"), [*((kind, False) for kind in KINDS), ("packed+padded", True)])
+@pytest.mark.parametrize(
+    ("kind", "prior", "device"),
+    [
+        *((kind, False, "cpu") for kind in KINDS),
+        ("packed+padded", True, "cpu"),
+        *(pytest.param(kind, prior, "cuda", marks=pytest.mark.gpu) for kind in KINDS for prior in (False, True)),
+    ],
+)
 @pytest.mark.parametrize("length", [1, 5, 37])
 def test_float32(length, kind, prior, device, monkeypatch):
     # Spans of 16 tokens, tiles of 2 channels, slabs of 32 tokens in the backward pass.

@@ -18,8 +18,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from .triton_common import START, decay_of, inverse_of, power_of_two, rounded, sigmoid, silu
-from .triton_few import FEW, ROOM, SIDES, decays, gates_of, logs_of, numbers_of, pick
+from .triton_common import START, decay_of, power_of_two, rounded, sigmoid, silu
+from .triton_few import FEW, SIDES, decays, gates_of, joined, logs_of, moved, numbers_of, pick
 
 __all__ = ["gluon_few_kernel"]
 
@@ -27,6 +27,8 @@ __all__ = ["gluon_few_kernel"]
 async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 # Columns of a piece of a state: a line of memory.
 PIECE = gl.constexpr(32)
+# Numbers that wait in shared memory while the solve runs, a power of two of them.
+WAITING = gl.constexpr(16)
 
 
 @gluon.jit
@@ -166,27 +168,20 @@ def _solutions(
         one, two = _product(operand, half, vectors, PIECES, MMA)
         image = one * into[None, :] + (two * into[None, :] + ridge * wide)
         products = residual * residual, residual * image, key[:, None] * wide
-        rr, curved, along = _sums(room, products, 3, WARPS, SEEN, MMA)
-        share = weight * along
-        image += share[None, :] * key[:, None]
-        ratio = rr * inverse
-        curvature = curved + share * along - ratio * ratio * curvature
-        further = (rr > enough) & (curvature > 0)
-        span = gl.where(further, rr * inverse_of(curvature), 0.0)
-        inverse = gl.where(further, inverse_of(rr), 0.0)
-        direction = wide + ratio[None, :] * direction
-        of_direction = image + ratio[None, :] * of_direction
-        x += span[None, :] * direction
-        residual -= span[None, :] * of_direction
-        busy = gl.max((rr > enough).to(gl.int32), 0)
+        sums = _sums(room, products, 3, WARPS, SEEN, MMA)
+        wanted = sums[0] > enough
+        x, residual, direction, of_direction, inverse, curvature = moved(
+            x, residual, direction, of_direction, wide, image, key, weight, sums, inverse, curvature, wanted
+        )
+        busy = gl.max(wanted.to(gl.int32), 0)
         step += 1
     return x * (size * (1.0 / START))[None, :]
 
 
 @gluon.jit
 def _put(room, values, COUNT: gl.constexpr, WARPS: gl.constexpr):
-    """Up to ROOM numbers into shared memory."""
-    index = gl.arange(0, ROOM, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
+    """Up to WAITING numbers into shared memory."""
+    index = gl.arange(0, WAITING, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
     every = gl.zeros_like(index).to(gl.float32)
     for i in gl.static_range(COUNT):
         every = gl.where(index == i, values[i], every)
@@ -235,8 +230,6 @@ def gluon_few_kernel(
     value_key_in,
     gram_out,
     value_key_out,
-    grams,
-    value_keys,
     outputs,
     length,
     heads,
@@ -258,7 +251,7 @@ def gluon_few_kernel(
     WIDTH: gl.constexpr,
     WARPS: gl.constexpr,
 ):
-    """`few_kernel` for states of WIDTH x WIDTH, by WIDTH / 32 or WIDTH / 16 warps, two or four; its inputs."""
+    """`few_kernel` for states of WIDTH x WIDTH, by WIDTH / 32 or WIDTH / 16 warps, two or four; inputs are its."""
     # Both states and what is solved lie over threads as the products of matrices give them and take them.
     MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, 8])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
@@ -308,7 +301,7 @@ def gluon_few_kernel(
     keys = gl.allocate_shared_memory(gl.float32, [FEW * WIDTH], FLAT)
     values = gl.allocate_shared_memory(value.dtype.element_ty, [FEW * WIDTH], FLAT)
     asked = gl.allocate_shared_memory(query.dtype.element_ty, [SIDES, WIDTH], OF_TOKENS)
-    parked = gl.allocate_shared_memory(gl.float32, [ROOM], FLAT)
+    parked = gl.allocate_shared_memory(gl.float32, [WAITING], FLAT)
     vectors = gl.allocate_shared_memory(gl.float16, [WIDTH, SIDES], PLAIN)
     # Allocations of their own: what is stored to one is not ordered with what is stored to another.
     staged, room, small_room = (), (), ()
@@ -440,15 +433,19 @@ def gluon_few_kernel(
     k1 = _part(keys, 1, 0, WIDTH, WIDTH).load(ACROSS)
     k2 = _part(keys, 2, 0, WIDTH, WIDTH).load(ACROSS)
     k3 = _part(keys, 3, 0, WIDTH, WIDTH).load(ACROSS)
-    # Keys 2 and 3 join them (Woodbury), as in `few_kernel`.
     by_second, by_third = _sums(room, (x * k2[:, None], x * k3[:, None]), 2, WARPS, SEEN, MMA)
-    of_third_token = _at(by_second, side, 2) / (1.0 + _at(by_second, side, 6))
-    pivot = 1.0 / (1.0 + c32 * _at(by_second, side, 7))
-    beside, known = c32 * _at(by_second, side, 5), c32 * _at(by_second, side, 3)
-    factor = _at(by_third, side, 7) * pivot
-    newest = (_at(by_third, side, 3) - factor * known) / (1.0 + _at(by_third, side, 5) - factor * beside)
-    of_last_token = (known - beside * newest) * pivot
-    shares = gl.where(side == 6, -of_third_token, gl.where(side == 7, -of_last_token, gl.where(side < FEW, 1.0, 0.0)))
+    shares, newest = joined(
+        (
+            _at(by_second, side, 2),
+            _at(by_second, side, 3),
+            _at(by_second, side, 5),
+            _at(by_second, side, 6),
+            _at(by_second, side, 7),
+        ),
+        (_at(by_third, side, 3), _at(by_third, side, 5), _at(by_third, side, 7)),
+        c32,
+        side,
+    )
     of_newest = gl.sum(gl.where((side == 5)[None, :], x, 0.0), 1)
     x = _twice(x * shares[None, :], MMA)
     # From here on columns are tokens, each twice.

@@ -195,12 +195,54 @@ def _columns(pointer, stride, tokens, count, lines, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def moved(x, residual, direction, of_direction, wide, image, key, weight, sums, inverse, curvature, wanted):
+    """A step of conjugate gradients (Chronopoulos & Gear 1989), each column for itself, where it is `wanted`.
+
+    `wide` is the residual, rounded, `image` what the operand and the ridge make of it; `sums` are ||r||^2, r^T image
+    and key^T wide. `inverse` and `curvature` are 1 / ||r||^2 and p^T A p of the step before, 0 at first.
+    """
+    rr, curved, along = sums
+    share = weight * along
+    image += share[None, :] * key[:, None]
+    ratio = rr * inverse
+    curvature = curved + share * along - ratio * ratio * curvature
+    further = wanted & (curvature > 0)
+    span = tl.where(further, rr * inverse_of(curvature), 0.0)
+    inverse = tl.where(further, inverse_of(rr), 0.0)
+    direction = wide + ratio[None, :] * direction
+    of_direction = image + ratio[None, :] * of_direction
+    x += span[None, :] * direction
+    residual -= span[None, :] * of_direction
+    return x, residual, direction, of_direction, inverse, curvature
+
+
+@triton.jit
+def joined(by_second, by_third, c32, side):
+    """What keys 2 and 3 take away when they join: shares of the columns, and the weight of column 5 for token 3.
+
+    With the keys K behind the second, their weights C, X = A^-1 K and x = A^-1 q (Woodbury):
+    (A + K C K^T)^-1 q = x - X y ,   (I + C K^T X) y = C K^T x ,   by elimination, whose pivots are at least 1.
+    `by_second` are the products of key 2 with columns 2, 3, 5, 6 and 7, `by_third` those of key 3 with 3, 5 and 7.
+    """
+    second2, second3, second5, second6, second7 = by_second
+    third3, third5, third7 = by_third
+    of_third_token = second2 / (1.0 + second6)
+    pivot = 1.0 / (1.0 + c32 * second7)
+    beside, known = c32 * second5, c32 * second3
+    factor = third7 * pivot
+    newest = (third3 - factor * known) / (1.0 + third5 - factor * beside)
+    of_last_token = (known - beside * newest) * pivot
+    shares = tl.where(side == 6, -of_third_token, tl.where(side == 7, -of_last_token, tl.where(side < FEW, 1.0, 0.0)))
+    return shares, newest
+
+
+@triton.jit
 def _solutions(right, there, operand, into, key, weight, iterations, ridge, tolerance):
     """(into operand + weight key key^T + ridge I)^-1 START right by conjugate gradients, each column for itself.
 
-    `operand` is symmetric. Inner products of a step are those of the residual and its image alone (Chronopoulos & Gear
-    1989), so that threads wait for each other once. Residuals are rounded once and used rounded everywhere, so that
-    their rounding changes the path and not the goal.
+    `operand` is symmetric. Inner products of a step are those of the residual and its image alone (`moved`), so that
+    threads wait for each other once. Residuals are rounded once and used rounded everywhere, so that their rounding
+    changes the path and not the goal.
     """
     residual = right * START
     enough = tolerance * START * START
@@ -216,18 +258,12 @@ def _solutions(right, there, operand, into, key, weight, iterations, ridge, tole
             wide = half.to(tl.float32)
             image = tl.dot(operand, half) * into[None, :] + ridge * wide
             # All at once: threads wait for each other once.
-            rr, curved, along = tl.reduce((residual * residual, residual * image, key[:, None] * wide), 0, _three)
-            share = weight * along
-            image += share[None, :] * key[:, None]
-            ratio = rr * inverse
-            curvature = curved + share * along - ratio * ratio * curvature
-            further = (rr > enough) & (curvature > 0) & (step + further_step < iterations)
-            span = tl.where(further, rr * inverse_of(curvature), 0.0)
-            inverse = tl.where(further, inverse_of(rr), 0.0)
-            direction = wide + ratio[None, :] * direction
-            of_direction = image + ratio[None, :] * of_direction
-            x += span[None, :] * direction
-            residual -= span[None, :] * of_direction
+            sums = tl.reduce((residual * residual, residual * image, key[:, None] * wide), 0, _three)
+            rr = sums[0]
+            wanted = (rr > enough) & (step + further_step < iterations)
+            x, residual, direction, of_direction, inverse, curvature = moved(
+                x, residual, direction, of_direction, wide, image, key, weight, sums, inverse, curvature, wanted
+            )
         busy = tl.max((rr > enough).to(tl.int32), 0)
         step += 2
     return x
@@ -370,16 +406,13 @@ def few_kernel(
     k1 = token_vector(key, 1, length, key_stride, rows, WIDTH) * gate1
     k2 = token_vector(key, 2, length, key_stride, rows, WIDTH) * gate2
     k3 = token_vector(key, 3, length, key_stride, rows, WIDTH) * gate3
-    # With the keys K behind the second, their weights C, X = A^-1 K and x = A^-1 q (Woodbury):
-    # (A + K C K^T)^-1 q = x - X y ,   (I + C K^T X) y = C K^T x ,   by elimination, whose pivots are at least 1.
     by_second, by_third = tl.reduce((x * k2[:, None], x * k3[:, None]), 0, two_sums)
-    of_third_token = _at(by_second, 2) / (1.0 + _at(by_second, 6))
-    pivot = 1.0 / (1.0 + c32 * _at(by_second, 7))
-    beside, known = c32 * _at(by_second, 5), c32 * _at(by_second, 3)
-    factor = _at(by_third, 7) * pivot
-    newest = (_at(by_third, 3) - factor * known) / (1.0 + _at(by_third, 5) - factor * beside)
-    of_last_token = (known - beside * newest) * pivot
-    shares = tl.where(side == 6, -of_third_token, tl.where(side == 7, -of_last_token, tl.where(side < FEW, 1.0, 0.0)))
+    shares, newest = joined(
+        (_at(by_second, 2), _at(by_second, 3), _at(by_second, 5), _at(by_second, 6), _at(by_second, 7)),
+        (_at(by_third, 3), _at(by_third, 5), _at(by_third, 7)),
+        c32,
+        side,
+    )
     of_newest = tl.sum(tl.where(side == 5, x, 0.0), 1)
     x = tl.sum(tl.reshape(x * shares[None, :], (BLOCK, SIDES // FEW, FEW)), 1)
     x = tl.trans(x - tl.where(token == 3, newest, 0.0)[None, :] * of_newest[:, None])

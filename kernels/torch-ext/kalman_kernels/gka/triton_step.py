@@ -801,8 +801,7 @@ def gka_triton_mixer_step(inputs: MixerInputs, solver: GKASolver, options: Mixer
             "MIXER": True,
             "DECAYS": 0 if inputs.decay_step is None else 1 if options.decay_gram else 3,
             "EVERY": False,
-            "EARLY": early
-            and starts_early(length, batch * heads, filled(max(width, value_width)), multiprocessors(none.device)),
+            "EARLY": early,
         },
         {"CONVOLVES": True, **convolution} if alone else BARE,
     )
@@ -920,7 +919,6 @@ def _launch(
     settings = (solver.iterations, solver.ridge_ratio, tolerance, scale, eps)
     pace = (processors, *turns(chosen, programs, widest, processors))
     constants = {
-        **_overlap(options["EARLY"]),
         "GATED": gates[3] is not None,
         "MIXED": gates[2] is not None,
         "OUTPUT_GATED": gates[4] is not None,
@@ -928,6 +926,7 @@ def _launch(
         "WIDTH": width,
         "VALUE_WIDTH": value.shape[-1],
         **options,
+        **_overlap(options["EARLY"] and starts_early(length, programs, widest, processors)),
     }
     solves_one = {
         "METHOD": method(solver),
@@ -955,12 +954,17 @@ def _launch(
         return
     blocks = {"BLOCK": block, "VALUE_BLOCK": value_block}
     if chosen == "few":
-        arguments = (*inputs, *parameters, *states, outputs, length, *sizes, *settings)
+        rest = (outputs, length, *sizes, *settings)
         if square:
+            # No other value width, and no state but the last.
             del constants["VALUE_WIDTH"], constants["EVERY"]
-            gluon_few_kernel[(programs,)](*arguments, **square_layout(programs, width), **constants)
+            gluon_few_kernel[(programs,)](
+                *inputs, *parameters, *states[:4], *rest, **square_layout(programs, width), **constants
+            )
         else:
-            few_kernel[(programs,)](*arguments, **constants, **blocks, num_warps=WARPS[widest])
+            few_kernel[(programs,)](
+                *inputs, *parameters, *states, *rest, **constants, **blocks, num_warps=WARPS[widest]
+            )
         return
     eager, piece = layout(programs, widest)
     # What reads of every token.
